@@ -1,0 +1,195 @@
+"""The UNet of SD 1.x: noisy latents, a timestep and a text in, the predicted noise out.
+
+Latent Diffusion Models (arXiv 2112.10752, section 3.2 and 3.3; ldm/modules/diffusionmodules/openaimodel.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from attention import CrossAttention, SelfAttention
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The sizes of the UNet; the defaults are SD 1.5's. Each level but the last halves width and height."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)  # one entry a level, full resolution first
+    attends: tuple[bool, ...] = (True, True, True, False)  # which levels look at the text
+    n_blocks: int = 2  # residual blocks a level on the way down; one more on the way up
+    n_heads: int = 8
+    d_context: int = 768
+    n_groups: int = 32  # of the group norms
+    sample_size: int = 512  # pixels a side of the pictures it was trained on
+
+
+class TimeEmbedding(nn.Module):
+    """The sinusoidal embedding (batch, width) -> what the residual blocks are told (batch, 4 * width)"""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, 4 * width)
+        self.linear_2 = nn.Linear(4 * width, 4 * width)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions, the timestep added between them: (batch, in_channels, h, w) -> (batch, out_channels, h, w)"""
+
+    def __init__(self, in_channels, out_channels, d_time, n_groups):
+        super().__init__()
+        self.norm_1 = nn.GroupNorm(n_groups, in_channels)
+        self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time = nn.Linear(d_time, out_channels)
+        self.norm_2 = nn.GroupNorm(n_groups, out_channels)
+        self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, time):
+        hidden = self.conv_1(F.silu(self.norm_1(x)))
+        hidden = hidden + self.time(F.silu(time))[:, :, None, None]
+        hidden = self.conv_2(F.silu(self.norm_2(hidden)))
+        return self.skip(x) + hidden
+
+
+class AttentionBlock(nn.Module):
+    """The pixels look at each other, then at the text, then think: (batch, channels, h, w) -> the same shape"""
+
+    def __init__(self, channels, n_heads, d_context, n_groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(n_groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)  # the original's 1x1 convolution, applied to tokens
+        self.layer_norm_1 = nn.LayerNorm(channels)
+        self.attention_1 = SelfAttention(n_heads, channels, in_proj_bias=False)
+        self.layer_norm_2 = nn.LayerNorm(channels)
+        self.attention_2 = CrossAttention(n_heads, channels, d_context)
+        self.layer_norm_3 = nn.LayerNorm(channels)
+        self.linear_geglu = nn.Linear(channels, 2 * 4 * channels)
+        self.linear_out = nn.Linear(4 * channels, channels)
+        self.proj_out = nn.Linear(channels, channels)
+
+    def forward(self, x, context):
+        tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (batch, h * w, channels)
+        tokens = tokens + self.attention_1(self.layer_norm_1(tokens))
+        tokens = tokens + self.attention_2(self.layer_norm_2(tokens), context)
+        hidden, gate = self.linear_geglu(self.layer_norm_3(tokens)).chunk(2, dim=-1)
+        tokens = tokens + self.linear_out(hidden * F.gelu(gate))  # GEGLU (arXiv 2002.05202)
+        return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Module):
+    """(batch, channels, h, w) -> (batch, channels, ceil(h / 2), ceil(w / 2))"""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """(batch, channels, h, w) -> (batch, channels, *size), with size that of the skip connection it will meet:
+    2 * h and 2 * w, or one less where the way down rounded up."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x, size):
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+class SwitchSequential(nn.Sequential):
+    """A sequence of layers that gives each what it asks for besides x."""
+
+    def forward(self, x, context, time, size=None):
+        for layer in self:
+            if isinstance(layer, ResidualBlock):
+                x = layer(x, time)
+            elif isinstance(layer, AttentionBlock):
+                x = layer(x, context)
+            elif isinstance(layer, Upsample):
+                x = layer(x, size)
+            else:
+                x = layer(x)
+        return x
+
+
+class Diffusion(nn.Module):
+    """Predicts the noise in the latents.
+
+    `encoders` and `decoders` are flat lists as in the original: each encoder leaves one skip connection, each decoder
+    takes one.
+    """
+
+    def __init__(self, config=DiffusionConfig()):
+        super().__init__()
+        self.config = config
+        width, n_levels = config.channels[0], len(config.channels)
+        d_time = 4 * width
+
+        def residual(in_channels, out_channels):
+            return ResidualBlock(in_channels, out_channels, d_time, config.n_groups)
+
+        def attention(channels):
+            return AttentionBlock(channels, config.n_heads, config.d_context, config.n_groups)
+
+        self.time_embedding = TimeEmbedding(width)
+        self.encoders = nn.ModuleList([SwitchSequential(nn.Conv2d(config.in_channels, width, 3, padding=1))])
+        skips = [width]  # channels of the skip connections, to be met in reverse
+        for i, channels in enumerate(config.channels):
+            for _ in range(config.n_blocks):
+                block = SwitchSequential(residual(width, channels))
+                if config.attends[i]:
+                    block.append(attention(channels))
+                self.encoders.append(block)
+                width = channels
+                skips.append(width)
+            if i < n_levels - 1:
+                self.encoders.append(SwitchSequential(Downsample(width)))
+                skips.append(width)
+
+        self.bottleneck = SwitchSequential(residual(width, width), attention(width), residual(width, width))
+
+        self.decoders = nn.ModuleList()
+        for i, channels in reversed(list(enumerate(config.channels))):
+            for j in range(config.n_blocks + 1):
+                block = SwitchSequential(residual(width + skips.pop(), channels))
+                if config.attends[i]:
+                    block.append(attention(channels))
+                if i > 0 and j == config.n_blocks:
+                    block.append(Upsample(channels))
+                self.decoders.append(block)
+                width = channels
+
+        self.norm_out = nn.GroupNorm(config.n_groups, width)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+
+    def forward(self, latents, context, time_embedding):
+        """Predicts the noise.
+
+        Args:
+            latents: (batch, 4, h / 8, w / 8) of unit scale, noisy; odd sizes are fine.
+            context: (batch, tokens, d_context), from the text encoder.
+            time_embedding: (1 or batch, channels[0]), from `pipeline.get_time_embedding`.
+
+        Returns:
+            The predicted noise, in the shape of the latents.
+        """
+        time = self.time_embedding(time_embedding)  # (1 or batch, 4 * width)
+        x, skips = latents, []
+        for block in self.encoders:
+            x = block(x, context, time)
+            skips.append(x)
+        x = self.bottleneck(x, context, time)
+        for block in self.decoders:
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x, context, time, size=skips[-1].shape[2:] if skips else None)
+        return self.conv_out(F.silu(self.norm_out(x)))

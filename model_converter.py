@@ -1,0 +1,456 @@
+"""An SD 1.x checkpoint in, four state dicts and the configs that its shapes imply out.
+
+The layout is that of the original release (CompVis, `v1-5-pruned-emaonly.ckpt`), which fine-tunes and merges keep.
+Nothing in a checkpoint is ever executed.
+"""
+
+import collections
+import pickle
+import re
+import sys
+import types
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from clip import CLIP, CLIPConfig
+from decoder import DecoderConfig, VAE_Decoder
+from diffusion import Diffusion, DiffusionConfig
+from encoder import EncoderConfig, VAE_Encoder
+
+NETWORKS = {"clip": CLIP, "encoder": VAE_Encoder, "decoder": VAE_Decoder, "diffusion": Diffusion}
+
+TEXT, VAE, UNET = "cond_stage_model.transformer.text_model.", "first_stage_model.", "model.diffusion_model."
+
+# The one table between our names and the checkpoint's: for each network, regular expressions applied in turn to a
+# module's name. Our fused projections stand for several modules of the checkpoint, in braces.
+VAE_RULES = [
+    (r"^(up|down)\.(\d+)\.(\d+)", r"\1.\2.block.\3"),
+    (r"^mid\.0", "mid.block_1"),
+    (r"^mid\.1", "mid.attn_1"),
+    (r"^mid\.2", "mid.block_2"),
+    (r"(norm|conv)_(\d)$", r"\1\2"),
+    (r"skip$", "nin_shortcut"),
+    (r"attention\.in_proj$", "{q,k,v}"),
+    (r"attention\.out_proj$", "proj_out"),
+]
+RULES = {
+    "clip": [
+        (r"^(token|position)_embedding", r"embeddings.\1_embedding"),
+        (r"^layers", "encoder.layers"),
+        (r"\bnorm_(\d)$", r"layer_norm\1"),
+        (r"attention\.in_proj$", "self_attn.{q,k,v}_proj"),
+        (r"attention\.out_proj$", "self_attn.out_proj"),
+        (r"linear_(\d)$", r"mlp.fc\1"),
+        (r"^final_norm", "final_layer_norm"),
+        (r"^", TEXT),
+    ],
+    "encoder": VAE_RULES + [(r"^(?!quant_conv)", "encoder."), (r"^", VAE)],
+    "decoder": VAE_RULES + [(r"^(?!post_quant_conv)", "decoder."), (r"^", VAE)],
+    "diffusion": [
+        (r"^time_embedding\.linear_1", "time_embed.0"),
+        (r"^time_embedding\.linear_2", "time_embed.2"),
+        (r"^encoders\.(\d+)\.0\.conv$", r"encoders.\1.0.op"),
+        (r"^encoders", "input_blocks"),
+        (r"^bottleneck", "middle_block"),
+        (r"^decoders", "output_blocks"),
+        (r"^norm_out", "out.0"),
+        (r"^conv_out", "out.2"),
+        (r"\.norm_1$", ".in_layers.0"),
+        (r"\.conv_1$", ".in_layers.2"),
+        (r"\.time$", ".emb_layers.1"),
+        (r"\.norm_2$", ".out_layers.0"),
+        (r"\.conv_2$", ".out_layers.3"),
+        (r"\.skip$", ".skip_connection"),
+        (r"layer_norm_(\d)$", r"transformer_blocks.0.norm\1"),
+        (r"attention_(\d)\.in_proj$", r"transformer_blocks.0.attn\1.to_{q,k,v}"),
+        (r"attention_(\d)\.([qkv])_proj$", r"transformer_blocks.0.attn\1.to_\2"),
+        (r"attention_(\d)\.out_proj$", r"transformer_blocks.0.attn\1.to_out.0"),
+        (r"linear_geglu$", "transformer_blocks.0.ff.net.0.proj"),
+        (r"linear_out$", "transformer_blocks.0.ff.net.2"),
+        (r"^", UNET),
+    ],
+}
+
+# What a checkpoint may hold besides the four networks' weights, within the networks' own prefixes.
+IGNORED = re.compile(r"position_ids$|^cond_stage_model\..*(logit_scale|text_projection|visual)|^first_stage_model\.(?!"
+                     r"encoder\.|decoder\.|quant_conv\.|post_quant_conv\.)")
+
+
+class CheckpointError(ValueError):
+    """The file is not an SD 1.x checkpoint that can be loaded; the message says why and what was expected."""
+
+
+def standard_names(network, name):
+    """Returns the checkpoint's names for one of our weights.
+
+    Args:
+        network: "clip", "encoder", "decoder" or "diffusion".
+        name: a name in that network's state dict, such as "layers.0.attention.in_proj.weight".
+
+    Returns:
+        A tuple of names: one, or three for a fused projection, whose rows are those of the three in turn.
+    """
+    module, _, kind = name.rpartition(".")
+    for ours, theirs in RULES[network]:
+        module = re.sub(ours, theirs, module)
+    start, brace, rest = module.partition("{")
+    if not brace:
+        return (f"{module}.{kind}",)
+    choices, _, end = rest.partition("}")
+    return tuple(f"{start}{choice}{end}.{kind}" for choice in choices.split(","))
+
+
+def ema_name(name):
+    """Returns the name of a UNet weight's moving average in a checkpoint that holds both (`ldm/modules/ema.py`)."""
+    return "model_ema." + name.removeprefix("model.").replace(".", "")
+
+
+def to_standard_weights(state_dicts):
+    """Returns the weights of the four networks under the names of the SD 1.x layout, the inverse of loading.
+
+    Args:
+        state_dicts: {'clip': ..., 'encoder': ..., 'decoder': ..., 'diffusion': ...}, or some of them.
+
+    Returns:
+        One dict of contiguous tensors; the projections that the original stores as 1x1 convolutions are so here.
+    """
+    weights = {}
+    for network, state_dict in state_dicts.items():
+        for name, tensor in state_dict.items():
+            names = standard_names(network, name)
+            for standard_name, part in zip(names, tensor.chunk(len(names))):
+                if part.ndim == 2 and re.search(r"attn_1\.\w+\.weight$|\.proj_(in|out)\.weight$", standard_name):
+                    part = part[:, :, None, None]
+                weights[standard_name] = part.contiguous()
+    return weights
+
+
+def load_from_standard_weights(path, device="cpu", dtype=None, use_ema=True):
+    """Reads an SD 1.x checkpoint.
+
+    Args:
+        path: a `.ckpt`, `.pt` or `.safetensors` file.
+        device: where the tensors go.
+        dtype: the torch.dtype that they get; None keeps the file's.
+        use_ema: take the moving average of the UNet's weights where the file has it beside the plain ones.
+
+    Returns:
+        {'clip': state dict, 'encoder': ..., 'decoder': ..., 'diffusion': ...}
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is not an SD 1.x checkpoint, or it is broken.
+    """
+    _, state_dicts = read_networks(path, device, dtype, use_ema)
+    return state_dicts
+
+
+def read_networks(path, device="cpu", dtype=None, use_ema=True):
+    """As `load_from_standard_weights`, but returns (modules on the meta device, state dicts), both by network."""
+    weights, metadata = read_checkpoint(path)
+    try:
+        weights = known_weights(weights, use_ema)
+        with torch.device("meta"):
+            modules = {network: NETWORKS[network](config) for network, config in
+                       infer_configs(weights, metadata).items()}
+        state_dicts = {network: convert(network, module, weights, device, dtype)
+                       for network, module in modules.items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if weights:
+        raise CheckpointError(f"{path}: found {next(iter(weights))!r}, which an SD 1.x model of these shapes does not "
+                              f"have ({len(weights)} such keys); expected the layout of v1-5-pruned-emaonly.ckpt")
+    return modules, state_dicts
+
+
+# ---- reading files
+
+
+def read_checkpoint(path):
+    """Reads all that a file holds, memory-mapped where its format allows.
+
+    Returns:
+        (dict of all the entries, the state dict unwrapped; the safetensors metadata or {})
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such checkpoint; give the path of a .ckpt or .safetensors file of SD 1.x")
+    if path.is_dir():
+        raise CheckpointError(f"{path}: found a folder; expected one .ckpt or .safetensors file in the SD 1.x layout")
+    with open(path, "rb") as file:
+        head = file.read(64)
+    if head[8:9] == b"{":
+        return read_safetensors(path)
+    if head.startswith((b"PK\x03\x04", b"\x80")):
+        return read_pickle(path, mmap=head.startswith(b"PK")), {}
+    found = "an empty file" if not head else f"a file that begins with {head[:24]!r}"
+    if head.startswith(b"version https://git-lfs"):
+        found = "a Git LFS pointer instead of the weights it points to (`git lfs pull` fetches them)"
+    elif head.lstrip().startswith(b"<"):
+        found = "a web page, as a failed download leaves it"
+    raise CheckpointError(f"{path}: found {found}; expected a PyTorch or safetensors checkpoint")
+
+
+def read_safetensors(path):
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: found a broken or truncated safetensors file ({error}); expected a whole one: "
+                              f"download it again") from None
+
+
+def read_pickle(path, mmap):
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=mmap, weights_only=False, pickle_module=RESTRICTED)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # whatever a broken or hostile file makes the parsers stumble over
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{path}: found a broken or truncated PyTorch file ({type(error).__name__}: {reason}); "
+                              f"expected a whole one: download it again") from None
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path}: found a pickled {type(checkpoint).__name__}; expected a dict of weights")
+    inner = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(inner, dict):
+        raise CheckpointError(f"{path}: found a {type(inner).__name__} as 'state_dict'; expected a dict of weights")
+    return inner
+
+
+class Placeholder:
+    """Stands for an object of a class that is not rebuilt, such as a Lightning callback; takes anything, does nothing.
+    """
+
+    def __new__(cls, *args, **kwargs):
+        return super().__new__(cls)
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __call__(self, *args, **kwargs):
+        return Placeholder()
+
+    def __setstate__(self, state):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
+
+    def append(self, item):
+        pass
+
+    extend = add = append
+
+
+REBUILT = {
+    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
+    ("torch", "Size"): torch.Size,
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "defaultdict"): lambda *args: collections.defaultdict(None, *args[1:]),
+}
+
+# The parts of Python's own library whose classes an honest checkpoint may hold. Calls into any other part (os,
+# subprocess, builtins.eval, ...) are what an attack looks like: the file is refused rather than read around it.
+HARMLESS = {"argparse", "collections", "copyreg", "datetime", "decimal", "enum", "fractions", "numbers", "pathlib",
+            "random", "time", "types", "typing", "uuid", "_codecs"}
+HARMLESS_BUILTINS = {"set", "frozenset", "list", "dict", "tuple", "object", "slice", "range", "complex", "bytearray",
+                     "bytes", "str", "int", "float", "bool", "type"}
+PYTHON_2 = {"__builtin__", "commands", "copy_reg"}
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Rebuilds tensors and plain containers; every other class becomes a placeholder, so that nothing is imported."""
+
+    def find_class(self, module, name):
+        if (module, name) in REBUILT:
+            return REBUILT[module, name]
+        root = module.partition(".")[0]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if root in ("builtins", "__builtin__") and name in HARMLESS_BUILTINS:
+            return Placeholder
+        if (root in sys.stdlib_module_names or root in PYTHON_2) and root not in HARMLESS:
+            raise CheckpointError(f"found a pickle that calls {module}.{name}, which no honest checkpoint does; nothing "
+                                  f"was executed; expected tensors and plain containers: do not use this file")
+        return Placeholder
+
+
+RESTRICTED = types.ModuleType("restricted_pickle", "What torch.load asks of a pickle module.")
+RESTRICTED.Unpickler = RestrictedUnpickler
+RESTRICTED.load = lambda file, **kwargs: RestrictedUnpickler(file, **kwargs).load()
+
+
+# ---- from the file's weights to ours
+
+
+def known_weights(weights, use_ema):
+    """Picks the weights of the four networks, under their standard names, out of all that a checkpoint holds."""
+    refuse_other_models(weights)
+    known = {}
+    for name, tensor in weights.items():
+        if not isinstance(name, str) or not name.startswith((TEXT.removesuffix("text_model."), VAE, UNET)):
+            continue
+        if IGNORED.search(name):
+            continue
+        if name.startswith(UNET) and use_ema:
+            tensor = weights.get(ema_name(name), tensor)
+        if not name.startswith((TEXT, VAE, UNET)):  # the form without `text_model.`
+            name = TEXT + name.removeprefix("cond_stage_model.transformer.")
+            if name in weights:
+                continue
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise CheckpointError(f"{name} is {found}; expected a tensor of floating point numbers")
+        known[name] = tensor.detach()
+    return known
+
+
+def refuse_other_models(weights):
+    names = [name for name in weights if isinstance(name, str)]
+    expected = "expected a checkpoint of the SD 1.x family"
+    for found, mark in [
+        ("an SDXL checkpoint", r"^conditioner\.embedders\."),
+        ("an SD 2.x checkpoint", r"^cond_stage_model\.model\."),
+        ("an SD 3 or Flux checkpoint", r"joint_blocks\.|double_blocks\."),
+        ("a LoRA file, which holds changes to a model", r"^lora_|\.lora_(up|down|A|B)\."),
+        ("a ControlNet file", r"^control_model\."),
+        ("weights in the layout of a diffusers folder", r"^(down_blocks|up_blocks|mid_block)\."),
+    ]:
+        if any(re.search(mark, name) for name in names):
+            raise CheckpointError(f"found {found}; {expected}")
+    if not any(name.startswith((UNET, VAE)) for name in names):
+        some = ", ".join(repr(name) for name in names[:3]) or "no weights"
+        raise CheckpointError(f"found {some}; {expected}, with keys such as '{UNET}input_blocks.0.0.weight'")
+
+
+def convert(network, module, weights, device, dtype):
+    """Takes one network's weights out of `weights` and returns them as the state dict that `module` wants."""
+    state_dict = {}
+    for name, expected in module.state_dict().items():
+        names = standard_names(network, name)
+        shape = (expected.shape[0] // len(names), *expected.shape[1:])
+        parts = [take(weights, standard_name, shape, dtype) for standard_name in names]
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        state_dict[name] = tensor.to(device)
+    return state_dict
+
+
+def take(weights, name, shape, dtype):
+    """Removes one tensor from `weights` and returns it in the given shape and dtype; a linear layer and a 1x1
+    convolution are the same thing in two shapes."""
+    if name not in weights:
+        raise CheckpointError(f"{name} is missing; expected a tensor of shape {shape}")
+    tensor = weights.pop(name)
+    if strip_ones(tensor.shape) != strip_ones(shape):
+        raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
+    tensor = tensor.reshape(shape).to(dtype or tensor.dtype)
+    if not tensor.sum(dtype=torch.float32).isfinite():  # one pass, no temporary copy
+        raise CheckpointError(f"{name} holds NaN or infinite values; expected finite weights")
+    return tensor
+
+
+def strip_ones(shape):
+    return tuple(shape[:2]) + tuple(shape[2:] if any(size > 1 for size in shape[2:]) else ())
+
+
+# ---- reading the sizes off the shapes
+
+
+def infer_configs(weights, metadata):
+    """Reads the four configs off the shapes of a checkpoint's weights.
+
+    Args:
+        weights: tensors by standard name.
+        metadata: the safetensors metadata, whose `unet_heads`, `unet_groups`, `vae_groups`, `clip_heads` and
+            `sample_size` tell what shapes cannot; SD 1.5's values hold for those that are absent.
+    """
+
+    def shape(name):
+        if name not in weights:
+            raise CheckpointError(f"{name} is missing; expected an SD 1.x checkpoint with text encoder, VAE and UNet")
+        return tuple(weights[name].shape)
+
+    def number(key, default):
+        value = metadata.get(key, default)
+        if not str(value).isdecimal() or int(value) == 0:
+            raise CheckpointError(f"the metadata's {key} is {value!r}; expected a positive whole number")
+        return int(value)
+
+    n_vocab, d_text = shape(f"{TEXT}embeddings.token_embedding.weight")
+    clip = CLIPConfig(
+        n_vocab=n_vocab,
+        n_tokens=shape(f"{TEXT}embeddings.position_embedding.weight")[0],
+        d_embed=d_text,
+        d_mlp=shape(f"{TEXT}encoder.layers.0.mlp.fc1.weight")[0],
+        n_layers=count(weights, TEXT + r"encoder\.layers\.(\d+)\."),
+        n_heads=number("clip_heads", d_text // 64 if d_text % 64 == 0 else 12),
+    )
+    encoder = EncoderConfig(
+        in_channels=shape(f"{VAE}encoder.conv_in.weight")[1],
+        latent_channels=shape(f"{VAE}post_quant_conv.weight")[1],
+        channels=tuple(shape(f"{VAE}encoder.down.{i}.block.0.conv1.weight")[0]
+                       for i in range(count(weights, VAE + r"encoder\.down\.(\d+)\."))),
+        n_blocks=count(weights, VAE + r"encoder\.down\.0\.block\.(\d+)\."),
+        n_groups=number("vae_groups", EncoderConfig.n_groups),
+    )
+    decoder = DecoderConfig(
+        out_channels=shape(f"{VAE}decoder.conv_out.weight")[0],
+        latent_channels=encoder.latent_channels,
+        channels=tuple(shape(f"{VAE}decoder.up.{i}.block.0.conv1.weight")[0]
+                       for i in range(count(weights, VAE + r"decoder\.up\.(\d+)\."))),
+        n_blocks=count(weights, VAE + r"decoder\.up\.0\.block\.(\d+)\."),
+        n_groups=encoder.n_groups,
+    )
+    diffusion = infer_diffusion(weights, shape, number)
+    for what, value, divisor, source in [
+        ("the text encoder's width", clip.d_embed, clip.n_heads, "clip_heads"),
+        *(("a width of the UNet", width, diffusion.n_heads, "unet_heads") for width in diffusion.channels),
+        *(("a width of the UNet", width, diffusion.n_groups, "unet_groups") for width in diffusion.channels),
+        *(("a width of the VAE", width, encoder.n_groups, "vae_groups") for width in encoder.channels),
+        *(("a width of the VAE", width, decoder.n_groups, "vae_groups") for width in decoder.channels),
+    ]:
+        if value % divisor:
+            raise CheckpointError(f"{what} is {value}, which {divisor} ({source}) does not divide; expected the true "
+                                  f"count in the safetensors metadata under {source!r}")
+    return {"clip": clip, "encoder": encoder, "decoder": decoder, "diffusion": diffusion}
+
+
+def infer_diffusion(weights, shape, number):
+    """The UNet's levels lie in one flat list, input_blocks: residual blocks, with a downsampling between levels."""
+    channels, attends, blocks = [], [], []
+    new_level = True
+    for i in range(1, count(weights, UNET + r"input_blocks\.(\d+)\.")):
+        if f"{UNET}input_blocks.{i}.0.op.weight" in weights:
+            new_level = True
+            continue
+        if new_level:
+            channels.append(shape(f"{UNET}input_blocks.{i}.0.out_layers.3.weight")[0])
+            attends.append(f"{UNET}input_blocks.{i}.1.norm.weight" in weights)
+            blocks.append(0)
+            new_level = False
+        blocks[-1] += 1
+    if not blocks:
+        raise CheckpointError(f"{UNET}input_blocks.1.0.out_layers.3.weight is missing; expected the blocks of a UNet")
+    if len(set(blocks)) > 1:
+        raise CheckpointError(f"the UNet's levels have {blocks} blocks; expected the same number in each")
+    return DiffusionConfig(
+        in_channels=shape(f"{UNET}input_blocks.0.0.weight")[1],
+        out_channels=shape(f"{UNET}out.2.weight")[0],
+        channels=tuple(channels),
+        attends=tuple(attends),
+        n_blocks=blocks[0],
+        n_heads=number("unet_heads", DiffusionConfig.n_heads),
+        d_context=shape(f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
+        n_groups=number("unet_groups", DiffusionConfig.n_groups),
+        sample_size=number("sample_size", DiffusionConfig.sample_size),
+    )
+
+
+def count(weights, pattern):
+    """Returns how many there are of something numbered from 0: one more than the highest number that matches."""
+    pattern = re.compile(pattern)
+    return max((int(match[1]) for match in map(pattern.match, weights) if match), default=-1) + 1
