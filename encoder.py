@@ -102,10 +102,14 @@ class VAE_Encoder(nn.Module):
         Returns:
             (batch, 4, h / 8, w / 8), already times 0.18215: latents of unit scale, ready for the UNet.
         """
+        mean, log_variance = self.moments(images)
+        return (mean + torch.exp(0.5 * log_variance) * noise) * LATENT_SCALE
+
+    def moments(self, images):
+        """Returns mean and log-variance (in [-30, 20]) of the latents, each (batch, 4, h / 8, w / 8), unscaled."""
         x = self.conv_in(images)
         for level in self.down:
             x = level(x)
         x = self.conv_out(F.silu(self.norm_out(self.mid(x))))
         mean, log_variance = self.quant_conv(x).chunk(2, dim=1)
-        std = torch.exp(0.5 * log_variance.clamp(-30, 20))
-        return (mean + std * noise) * LATENT_SCALE
+        return mean, log_variance.clamp(-30, 20)

@@ -9,6 +9,7 @@ import pickle
 import re
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import torch
@@ -204,6 +205,8 @@ def read_safetensors(path):
 
 def read_pickle(path, mmap):
     try:
+        if mmap and any(name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+            raise CheckpointError("found a TorchScript program; expected weights alone")
         checkpoint = torch.load(path, map_location="cpu", mmap=mmap, weights_only=False, pickle_module=RESTRICTED)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None

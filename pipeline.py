@@ -1,0 +1,344 @@
+"""Text to image and image to image with SD 1.x: `generate()`, and the same from the command line.
+
+    python pipeline.py "a red apple" --steps 25 --cfg-scale 4
+"""
+
+import argparse
+import sys
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description="Draws a picture from a prompt with Stable Diffusion 1.x.")
+    parser.add_argument("prompt", help="what to draw")
+    parser.add_argument("--uncond-prompt", default="", help="what to stay away from (default: nothing)")
+    parser.add_argument("--input-image", help="a picture to start from, instead of noise alone")
+    parser.add_argument("--strength", type=float, default=0.8, help="how much of the input picture to replace, in (0, 1] (default: %(default)s)")
+    parser.add_argument("--cfg-scale", type=float, default=7.5, help="guidance scale: how closely to follow the prompt (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps, 1 to 1000 (default: %(default)s)")
+    parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim, plms, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde or lcm (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="the same seed draws the same picture (default: a random one, which is printed)")
+    parser.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: what the checkpoint was made for)")
+    parser.add_argument("--width", type=int, help="pixels, a multiple of 8 (default: what the checkpoint was made for)")
+    parser.add_argument("--count", type=int, default=1, help="pictures to draw, with seeds one apart (default: %(default)s)")
+    parser.add_argument("--checkpoint", help="a .ckpt or .safetensors file of SD 1.x (default: the best one in data/)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: %(default)s)")
+    parser.add_argument("--output", default="output.png", help="the file to write, a .png (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()  # before the imports below, which take seconds: --help and mistakes answer at once
+
+import math
+import os
+import secrets
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from tqdm import tqdm
+
+import model_loader
+from ddpm import draw_noise
+from samplers import SAMPLERS
+
+
+@torch.no_grad()
+def generate(prompt, uncond_prompt="", input_image=None, strength=0.8, do_cfg=True, cfg_scale=7.5, sampler_name="ddpm",
+             n_inference_steps=50, models=None, seed=None, device=None, idle_device=None, tokenizer=None, height=None,
+             width=None, sampler=None, callback=None):
+    """Draws a picture from a prompt, or from a prompt and a picture.
+
+    Latent Diffusion Models (arXiv 2112.10752) with classifier-free guidance (arXiv 2207.12598); from a picture as in
+    SDEdit (arXiv 2108.01073).
+
+    Args:
+        prompt: what to draw; a list of prompts draws one picture for each, in one batch.
+        uncond_prompt: what guidance moves away from; one for all, or a list as long as the prompts'.
+        input_image: a PIL image, an array (uint8, uint16 or float in [0, 1]; (h, w) or (h, w, 1, 3 or 4)) or a path;
+            resized to height and width.
+        strength: how much of the input image to replace, in (0, 1]: 1 keeps next to nothing of it.
+        do_cfg: whether to use guidance; without it, cfg_scale and uncond_prompt have no effect.
+        cfg_scale: guidance scale; 1 is none, higher follows the prompt more closely.
+        sampler_name: a name in `samplers.SAMPLERS`.
+        n_inference_steps: denoising steps, 1 to 1000.
+        models: what `model_loader.preload_models_from_standard_weights` returns; None loads the best checkpoint in
+            data/, once a process.
+        seed: a whole number; the same seed gives the same picture on every device, and picture k of a list is the one
+            that seed + k gives alone. None draws a random one.
+        device: where to compute; None is where the models are, or the fastest device if they are yet to be loaded.
+        idle_device: where each network is put once it has served; None leaves it.
+        tokenizer: what `model_loader.load_tokenizer` returns; None loads it, once a process.
+        height, width: pixels, multiples of 8; None is the size that the checkpoint was made for.
+        sampler: a sampler object to use instead of sampler_name; its generator is set to the pictures' own.
+        callback: called after each step as callback(step, timestep, latents), steps counted from 0.
+
+    Returns:
+        A uint8 array (height, width, 3); for a list of n prompts (n, height, width, 3).
+
+    Raises:
+        ValueError: an argument is out of range, or the tokenizer is not the text encoder's.
+        FileNotFoundError: there is no such image, or no checkpoint in data/.
+        FloatingPointError: the networks returned NaN or infinity.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    uncond_prompts = [uncond_prompt] * len(prompts) if isinstance(uncond_prompt, str) else list(uncond_prompt)
+    check_arguments(prompts, uncond_prompts, strength, cfg_scale, sampler_name, n_inference_steps, seed, height, width)
+    image = None if input_image is None else open_image(input_image)
+
+    if models is None:
+        models = model_loader.default_models(device)
+    if tokenizer is None:
+        tokenizer = model_loader.default_tokenizer()
+    clip, diffusion = models["clip"], models["diffusion"]
+    model_loader.check_tokenizer(tokenizer, clip.config.n_vocab)
+    if diffusion.config.in_channels != 4:
+        raise ValueError(f"this checkpoint's UNet takes {diffusion.config.in_channels} channels (an inpainting model "
+                         f"takes 9); generate() needs one that takes 4")
+    device = torch.device(device) if device else next(diffusion.parameters()).device
+    dtype = next(diffusion.parameters()).dtype
+    height, width = height or diffusion.config.sample_size, width or diffusion.config.sample_size
+
+    def serve(network, *inputs):
+        """Runs a network on the device and puts it away."""
+        dtype = next(network.parameters()).dtype
+        output = network.to(device)(*(x.to(device, dtype if x.is_floating_point() else x.dtype) for x in inputs))
+        if idle_device:
+            network.to(idle_device)
+        return output
+
+    texts = prompts + uncond_prompts if do_cfg else prompts
+    context = serve(clip, tokenize(texts, tokenizer, clip.config.n_tokens)).to(dtype)  # (texts, 77, 768)
+
+    # One generator a picture, always on the CPU: a seed means the same picture on every device and in every batch.
+    seed = secrets.randbelow(2**32) if seed is None else seed
+    generators = [torch.Generator().manual_seed(seed + k) for k in range(len(prompts))]
+    if sampler is None:
+        sampler = SAMPLERS[sampler_name](generators)
+    sampler.generator = generators
+    sampler.set_inference_timesteps(n_inference_steps)
+
+    latents_shape = (len(prompts), 4, height // 8, width // 8)
+    latents = draw_noise(generators, latents_shape).to(device)
+    if image is not None:
+        sampler.set_strength(strength)
+        latents = serve(models["encoder"], to_tensor(image, height, width), latents).float()
+        latents = sampler.add_noise(latents, sampler.timesteps[0])
+
+    diffusion.to(device)
+    are_finite = []
+    for step, timestep in enumerate(tqdm(sampler.timesteps, desc="denoising", unit="step")):
+        time_embedding = get_time_embedding(timestep, diffusion.config.channels[0]).to(device, dtype)
+        model_input = latents.to(dtype)
+        if do_cfg:
+            cond, uncond = diffusion(model_input.repeat(2, 1, 1, 1), context, time_embedding).float().chunk(2)
+            model_output = uncond + cfg_scale * (cond - uncond)
+        else:
+            model_output = diffusion(model_input, context, time_embedding).float()
+        latents = sampler.step(timestep, latents, model_output)
+        are_finite.append(latents.isfinite().all())
+        if device.type == "cpu":  # elsewhere, looking would make the processor wait for the device at each step
+            check_finite(are_finite, dtype)
+        if callback:
+            callback(step, timestep, latents)
+    check_finite(are_finite, dtype)
+    if idle_device:
+        diffusion.to(idle_device)
+
+    images = serve(models["decoder"], latents)
+    if not images.isfinite().all():
+        raise FloatingPointError(f"the decoder returned NaN or infinite pixels in {dtype}; try dtype float32")
+    images = to_uint8(images)
+    return images[0] if isinstance(prompt, str) else images
+
+
+def get_time_embedding(timestep, width=320):
+    """Returns the sinusoidal embedding of timesteps, cosines first (ldm/modules/diffusionmodules/util.py).
+
+    Args:
+        timestep: a number in [0, 1000), or a tensor of them (batch,).
+        width: channels of the embedding: those of the UNet's first level.
+
+    Returns:
+        (1 or batch, width) float32
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
+    angles = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, 1).cpu() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def tokenize(texts, tokenizer, n_tokens=77):
+    """Returns token ids (texts, n_tokens) int64, padded with the end token; warns of what did not fit."""
+    rows = []
+    for text, ids in zip(texts, tokenizer(texts, verbose=False).input_ids):
+        end = ids[-1]
+        if len(ids) > n_tokens:
+            dropped = tokenizer.decode(ids[n_tokens - 1 : -1])
+            warnings.warn(f"the prompt has {len(ids)} tokens and the text encoder takes {n_tokens}: dropped {dropped!r}",
+                          stacklevel=3)
+        ids = ids[:-1][: n_tokens - 1]
+        rows.append(ids + [end] * (n_tokens - len(ids)))
+    return torch.tensor(rows)
+
+
+def open_image(image):
+    """Returns a PIL image, an array or the file at a path as an upright RGB PIL image; transparency becomes white."""
+    if isinstance(image, (str, os.PathLike)):
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"{image}: no such image; give the path of a picture file")
+        try:
+            image = Image.open(image)
+            image.load()
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"{image}: not a picture that can be read ({error}); give a PNG, JPEG or WebP file") from None
+    elif not isinstance(image, Image.Image):
+        image = array_to_image(np.asarray(image))
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def array_to_image(array):
+    """Returns a uint8, uint16 or float [0, 1] array, (h, w) or (h, w, 1, 3 or 4), as a PIL image."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)) or 0 in array.shape:
+        raise ValueError(f"input_image has shape {array.shape}; allowed are (h, w), (h, w, 1), (h, w, 3) and (h, w, 4)")
+    if array.dtype == np.uint16:
+        array = array / 65535
+    if array.dtype.kind == "f":
+        if not (array.min() >= 0 and array.max() <= 1):
+            raise ValueError(f"input_image has values from {array.min()} to {array.max()}; floats must lie in [0, 1]")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"input_image has dtype {array.dtype}; allowed are uint8, uint16 and floats in [0, 1]")
+    return Image.fromarray(array)
+
+
+def to_tensor(image, height, width):
+    """PIL RGB image -> (1, 3, height, width) float32 in [-1, 1]"""
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
+    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
+
+
+def to_uint8(images):
+    """(batch, 3, h, w) in [-1, 1] -> (batch, h, w, 3) uint8 array"""
+    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def check_finite(are_finite, dtype):
+    """Raises if the latents were not finite after a step; `are_finite` has a boolean tensor a step."""
+    are_finite = torch.stack(are_finite).tolist()
+    if not all(are_finite):
+        raise FloatingPointError(f"the latents hold NaN or infinity after step {are_finite.index(False)} of the denoising "
+                                 f"in {dtype}; try dtype float32, or a lower cfg_scale")
+
+
+def check_arguments(prompts, uncond_prompts, strength, cfg_scale, sampler_name, n_inference_steps, seed, height, width):
+    """Raises ValueError, in one line, for the first argument of `generate` that is out of range."""
+
+    def require(condition, what):
+        if not condition:
+            raise ValueError(what)
+
+    for name, texts in [("prompt", prompts), ("uncond_prompt", uncond_prompts)]:
+        require(texts, f"{name} is an empty list; give at least one text")
+        require(all(isinstance(text, str) for text in texts), f"{name} is {texts!r:.80}; give a text or a list of texts")
+    require(len(prompts) == len(uncond_prompts), f"there are {len(prompts)} prompts but {len(uncond_prompts)} "
+            f"uncond_prompts; give one for all, or as many as prompts")
+    require(is_number(strength) and 0 < strength <= 1, f"strength is {strength!r}; it must lie in (0, 1]")
+    require(is_number(cfg_scale) and math.isfinite(cfg_scale), f"cfg_scale is {cfg_scale!r}; give a finite number, such as 7.5")
+    require(sampler_name in SAMPLERS, f"sampler_name is {sampler_name!r}; known are {', '.join(SAMPLERS)}")
+    require(isinstance(n_inference_steps, int) and 1 <= n_inference_steps <= 1000,
+            f"n_inference_steps is {n_inference_steps!r}; give a whole number from 1 to 1000")
+    require(seed is None or isinstance(seed, int) and 0 <= seed < 2**63, f"seed is {seed!r}; give a whole number from 0 to 2**63 - 1")
+    for name, size in [("height", height), ("width", width)]:
+        require(size is None or isinstance(size, int) and size > 0 and size % 8 == 0,
+                f"{name} is {size!r}; give a positive multiple of 8")
+
+
+def is_number(value):
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+
+def save_picture(image, path, parameters, overwrite=False):
+    """Writes a uint8 array (h, w, 3) as a PNG file with a text chunk `parameters`, whole or not at all."""
+    if os.path.exists(path) and not overwrite:
+        raise FileExistsError(f"{path}: exists already; name another file, or allow overwriting")
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("parameters", parameters)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def main(arguments):
+    """The command line: draws `--count` pictures and writes each to a file of its own."""
+    output = Path(arguments.output)
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output is {str(output)!r}; pictures are written as PNG: give a name that ends in .png")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"--output is {str(output)!r}, but there is no folder {output.parent}; make it first")
+    if arguments.count < 1:
+        raise ValueError(f"--count is {arguments.count}; give a whole number from 1")
+    paths = [output] if arguments.count == 1 else [output.with_stem(f"{output.stem}-{k + 1}") for k in range(arguments.count)]
+    for path in paths:
+        if path.exists() and not arguments.overwrite:
+            raise FileExistsError(f"{path} exists already; name another with --output, or replace it with --overwrite")
+    seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
+    settings = dict(uncond_prompt=arguments.uncond_prompt, input_image=arguments.input_image, strength=arguments.strength,
+                    cfg_scale=arguments.cfg_scale, sampler_name=arguments.sampler, n_inference_steps=arguments.steps,
+                    height=arguments.height, width=arguments.width)
+
+    checkpoint = arguments.checkpoint or model_loader.find_checkpoint()
+    device = arguments.device or model_loader.best_device()
+    models = model_loader.preload_models_from_standard_weights(checkpoint, device, arguments.dtype)
+    dtype = next(models["diffusion"].parameters()).dtype
+    print(f"checkpoint {checkpoint}, device {device} ({str(dtype).removeprefix('torch.')}), seed {seed}")
+    for k, path in enumerate(paths):
+        image = generate(arguments.prompt, models=models, seed=seed + k, device=device, **settings)
+        save_picture(image, path, describe(arguments.prompt, image, seed + k, checkpoint, settings), arguments.overwrite)
+        print(f"wrote {path}")
+
+
+def describe(prompt, image, seed, checkpoint, settings):
+    """Returns prompt, settings and seed in the text form that Stable Diffusion web UIs read back from a PNG file."""
+    fields = {
+        "Steps": settings["n_inference_steps"],
+        "Sampler": WEB_UI_NAMES[settings["sampler_name"]],
+        "CFG scale": settings["cfg_scale"],
+        "Seed": seed,
+        "Size": f"{image.shape[1]}x{image.shape[0]}",
+        "Model": Path(checkpoint).stem,
+    }
+    if settings["input_image"]:
+        fields["Denoising strength"] = settings["strength"]
+    lines = [prompt]
+    if settings["uncond_prompt"]:
+        lines.append(f"Negative prompt: {settings['uncond_prompt']}")
+    return "\n".join(lines + [", ".join(f"{name}: {value}" for name, value in fields.items())])
+
+
+WEB_UI_NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "plms": "PLMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun",
+                "lms": "LMS", "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "lcm": "LCM"}
+
+
+if __name__ == "__main__":
+    try:
+        main(arguments)
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; nothing was written")

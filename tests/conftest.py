@@ -1,0 +1,48 @@
+"""What the tests share: one tiny random checkpoint, its modules, and the rules for tests that need a GPU."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+import oracle
+from model_converter import read_networks
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_gradients():
+    torch.set_grad_enabled(False)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The path of a tiny random checkpoint; `oracle.TINY` has its configs."""
+    path = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+    oracle.write_checkpoint(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def weights():
+    """The weights in that checkpoint, by standard name."""
+    return oracle.random_weights()
+
+
+@pytest.fixture(scope="session")
+def models(checkpoint):
+    """The four networks of that checkpoint, on the CPU in float32."""
+    modules, state_dicts = read_networks(checkpoint, dtype=torch.float32)
+    for network, module in modules.items():
+        module.load_state_dict(state_dicts[network], assign=True)
+        module.eval()
+    return modules
+
+
+def pytest_collection_modifyitems(items):
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    for item in items:
+        for device, is_here in available.items():
+            if item.get_closest_marker(device) and not is_here:
+                item.add_marker(pytest.mark.skip(reason=f"no {device} device on this machine"))

@@ -1,0 +1,326 @@
+import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from PIL import Image
+
+import oracle
+import pipeline
+from model_loader import load_tokenizer
+from pipeline import generate, get_time_embedding
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture
+def draw(models, tokenizer):
+    """generate() with the tiny model and few steps."""
+    def draw(prompt="a cat", **settings):
+        settings = {"n_inference_steps": 2, "sampler_name": "ddim", "seed": 7, **settings}
+        return generate(prompt, models=models, tokenizer=tokenizer, **settings)
+    return draw
+
+
+@pytest.fixture(scope="session")
+def diffusers_parts(weights, tokenizer):
+    return dict(vae=oracle.vae_oracle(weights), text_encoder=oracle.clip_oracle(weights), tokenizer=tokenizer,
+                unet=oracle.unet_oracle(weights), safety_checker=None, feature_extractor=None,
+                requires_safety_checker=False)
+
+
+SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1)
+SCHEDULERS = {"ddim": DDIMScheduler(**SCHEDULE, set_alpha_to_one=False), "ddpm": DDPMScheduler(**SCHEDULE)}
+
+
+def picture(size=(64, 64), seed=0):
+    """A smooth coloured RGB picture."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+# ---- the same function as diffusers' pipelines
+
+
+@pytest.mark.parametrize("sampler_name", ["ddim", "ddpm"])
+@pytest.mark.parametrize("height, width", [(64, 64), (40, 72)])
+def test_text_to_image_equals_diffusers(draw, diffusers_parts, sampler_name, height, width):
+    pipe = StableDiffusionPipeline(scheduler=SCHEDULERS[sampler_name], **diffusers_parts)
+    pipe.set_progress_bar_config(disable=True)
+    prompts, negative = ["a cat", "two dogs on a red boat"], ["blurry", ""]
+    expected = pipe(prompts, negative_prompt=negative, height=height, width=width, num_inference_steps=5,
+                    guidance_scale=4.0, output_type="np",
+                    generator=[torch.Generator().manual_seed(seed) for seed in (7, 8)]).images
+    images = draw(prompts, uncond_prompt=negative, height=height, width=width, n_inference_steps=5, cfg_scale=4.0,
+                  sampler_name=sampler_name)
+    assert images.shape == (2, height, width, 3) and images.dtype == np.uint8 and images.std() > 20
+    assert np.abs(images / 255 - expected).max() <= 0.51 / 255  # half a grey level is what rounding costs
+
+
+def test_without_guidance_equals_diffusers(draw, diffusers_parts):
+    pipe = StableDiffusionPipeline(scheduler=SCHEDULERS["ddim"], **diffusers_parts)
+    expected = pipe("a cat", height=64, width=64, num_inference_steps=3, guidance_scale=1.0, output_type="np",
+                    generator=torch.Generator().manual_seed(7)).images[0]
+    assert np.abs(draw(n_inference_steps=3, do_cfg=False) / 255 - expected).max() <= 0.51 / 255
+
+
+@pytest.mark.parametrize("sampler_name", ["ddim", "ddpm"])
+@pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
+def test_image_to_image_equals_diffusers(draw, diffusers_parts, sampler_name, strength):
+    pipe = StableDiffusionImg2ImgPipeline(scheduler=SCHEDULERS[sampler_name], **diffusers_parts)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe("a cat", image=picture(), strength=strength, num_inference_steps=10, guidance_scale=3.0,
+                    output_type="np", generator=torch.Generator().manual_seed(7)).images[0]
+    image = draw(input_image=picture(), strength=strength, n_inference_steps=10, cfg_scale=3.0,
+                 sampler_name=sampler_name)
+    assert np.abs(image / 255 - expected).max() <= 0.51 / 255
+
+
+def test_time_embedding_closed_form():
+    embedding = get_time_embedding(torch.tensor([0, 981]), 320)
+    assert embedding.shape == (2, 320) and get_time_embedding(5).shape == (1, 320)
+    for i in (0, 1, 80, 159):
+        angle = 981 * 10000 ** (-i / 160)
+        assert embedding[1, i].item() == pytest.approx(math.cos(angle), abs=1e-4)
+        assert embedding[1, 160 + i].item() == pytest.approx(math.sin(angle), abs=1e-4)
+    assert torch.equal(embedding[0], torch.cat([torch.ones(160), torch.zeros(160)]))
+
+
+# ---- seeds
+
+
+@pytest.mark.parametrize("settings", [dict(sampler_name="ddpm"), dict(input_image=picture(), sampler_name="euler_a")])
+def test_a_row_of_a_batch_is_its_seed_alone(draw, settings):
+    batch = draw(["a cat", "a dog", "a cat"], seed=7, **settings)
+    alone = draw("a dog", seed=8, **settings)
+    assert np.abs(batch[1].astype(int) - alone).max() <= 1
+    assert np.abs(batch[0].astype(int) - batch[2]).max() > 10
+
+
+def test_the_same_seed_draws_the_same_picture(draw):
+    assert np.array_equal(draw(seed=3), draw(seed=3))
+    assert not np.array_equal(draw(seed=3), draw(seed=4))
+    assert not np.array_equal(draw(seed=None), draw(seed=None))
+
+
+# ---- input images
+
+
+def test_every_kind_of_input_image_means_the_same(tmp_path):
+    rgb = picture((24, 16))
+    rgb.save(tmp_path / "rgb.png")
+    expected = np.asarray(rgb)
+    turned = rgb.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn me clockwise to see me upright"
+    turned.save(tmp_path / "turned.png", exif=exif)
+    for given in [rgb, str(tmp_path / "rgb.png"), tmp_path / "turned.png", expected, expected / 255,
+                  expected.astype(np.uint16) * 257, np.dstack([expected, np.full((16, 24), 255, np.uint8)])]:
+        assert np.array_equal(np.asarray(pipeline.open_image(given)), expected)
+
+
+def test_transparency_becomes_white(tmp_path):
+    expected = np.full((8, 8, 3), 255, np.uint8)
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    palette = Image.new("P", (8, 8), 0)
+    palette.putpalette([255, 0, 0])
+    palette.info["transparency"] = 0
+    for image in [clear, palette, Image.new("LA", (8, 8), (0, 0))]:
+        assert np.array_equal(np.asarray(pipeline.open_image(image)), expected)
+    half = np.asarray(pipeline.open_image(Image.new("RGBA", (8, 8), (0, 0, 0, 128))))
+    assert np.array_equal(half, np.full((8, 8, 3), 127, np.uint8))
+
+
+def test_grey_and_16_bit_pictures(tmp_path):
+    ramp = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
+    expected = np.repeat(ramp[:, :, None], 3, axis=2)
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for given in [Image.fromarray(ramp), ramp, ramp[:, :, None], tmp_path / "deep.png",
+                  Image.fromarray(ramp.astype(np.int32) * 257), Image.fromarray(ramp.astype(np.uint16) * 257)]:
+        assert np.array_equal(np.asarray(pipeline.open_image(given)), expected)
+    assert np.asarray(pipeline.open_image(Image.new("1", (8, 8), 1))).min() == 255
+    assert np.asarray(pipeline.open_image(Image.new("CMYK", (8, 8), 0))).min() == 255
+
+
+def test_the_input_image_is_resized(draw):
+    assert draw(input_image=picture((50, 90)), strength=0.5, height=40, width=24).shape == (40, 24, 3)
+
+
+# ---- what the caller sees
+
+
+def test_default_size_is_the_checkpoints(draw):
+    assert draw(n_inference_steps=1).shape == (64, 64, 3)
+    assert draw(["a", "b"], n_inference_steps=1, width=24).shape == (2, 64, 24, 3)
+
+
+def test_callback_sees_each_step(draw):
+    seen = []
+    draw(n_inference_steps=3, callback=lambda step, timestep, latents: seen.append((step, timestep, latents.shape)))
+    assert seen == [(0, 667, (1, 4, 8, 8)), (1, 334, (1, 4, 8, 8)), (2, 1, (1, 4, 8, 8))]
+
+
+def test_long_prompts_warn_of_what_is_dropped(draw):
+    with pytest.warns(UserWarning, match="takes 77.*'xylophone zebra'"):
+        long = draw("cat " * 75 + "xylophone zebra", n_inference_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(draw("cat " * 75, n_inference_steps=1), long)
+
+
+def test_tokens_are_padded_with_the_end_token(tokenizer):
+    tokens = pipeline.tokenize(["a cat", ""], tokenizer)
+    assert tokens.tolist() == [[49406, 320, 2368] + [49407] * 74, [49406] + [49407] * 76]
+
+
+def test_idle_device_is_where_networks_end(models, tokenizer):
+    moved = []
+    spies = {name: Spy(model, name, moved) for name, model in models.items()}
+    generate("a cat", models=spies, tokenizer=tokenizer, input_image=picture(), n_inference_steps=1, strength=1.0,
+             sampler_name="ddim", device="cpu", idle_device="meta")
+    assert moved == [("clip", "cpu"), ("clip", "meta"), ("encoder", "cpu"), ("encoder", "meta"), ("diffusion", "cpu"),
+                     ("diffusion", "meta"), ("decoder", "cpu"), ("decoder", "meta")]
+
+
+class Spy:
+    """A network that notes where it is sent, and stays where it is."""
+
+    def __init__(self, network, name, moved):
+        self.network, self.name, self.moved = network, name, moved
+        self.config, self.parameters = network.config, network.parameters
+
+    def to(self, device):
+        self.moved.append((self.name, str(device)))
+        return self
+
+    def __call__(self, *inputs):
+        return self.network(*inputs)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(prompt=[]), r"prompt is an empty list"),
+    (dict(prompt=["a", 3]), r"prompt is \['a', 3\]"),
+    (dict(prompt=["a", "b"], uncond_prompt=["c"]), r"2 prompts but 1 uncond_prompts"),
+    (dict(strength=0), r"strength is 0; .*\(0, 1\]"),
+    (dict(strength=1.5), r"strength is 1.5"),
+    (dict(strength="much"), r"strength is 'much'"),
+    (dict(cfg_scale=math.nan), r"cfg_scale is nan"),
+    (dict(sampler_name="magic"), r"sampler_name is 'magic'; known are ddpm, ddim, plms"),
+    (dict(n_inference_steps=0), r"n_inference_steps is 0; .*1 to 1000"),
+    (dict(n_inference_steps=1001), r"n_inference_steps is 1001"),
+    (dict(n_inference_steps=2.5), r"n_inference_steps is 2.5"),
+    (dict(seed=-1), r"seed is -1"),
+    (dict(height=65), r"height is 65; .*multiple of 8"),
+    (dict(width=0), r"width is 0"),
+    (dict(input_image=np.zeros((3, 8, 9), np.uint8)), r"shape \(3, 8, 9\); allowed"),
+    (dict(input_image=np.full((8, 8), 7.0)), r"floats must lie in \[0, 1\]"),
+    (dict(input_image=np.zeros((8, 8), np.int64)), r"dtype int64; allowed"),
+    (dict(input_image=picture(), strength=0.1, n_inference_steps=5), r"strength 0.1"),
+])
+def test_bad_arguments_get_one_line(draw, settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        draw(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_image_files(draw, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.png: no such image"):
+        draw(input_image="nowhere.png")
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(ValueError, match="text.png: not a picture"):
+        draw(input_image=tmp_path / "text.png")
+
+
+def test_a_foreign_tokenizer_is_refused(models):
+    from transformers import CLIPTokenizer
+    two_tokens = CLIPTokenizer()
+    with pytest.raises(ValueError, match="load_tokenizer"):
+        generate("a cat", models=models, tokenizer=two_tokens)
+
+
+@pytest.mark.parametrize("network, message", [("diffusion", r"after step 0 .*float32"), ("decoder", r"decoder .*float32")])
+def test_non_finite_values_raise(models, tokenizer, network, message):
+    broken = oracle.randomize(type(models[network])(models[network].config))
+    broken.conv_out.bias[0] = math.nan
+    with pytest.raises(FloatingPointError, match=message):
+        generate("a cat", models={**models, network: broken}, tokenizer=tokenizer, n_inference_steps=3)
+
+
+def test_an_inpainting_unet_is_refused(models, tokenizer):
+    from dataclasses import replace
+    unet = type(models["diffusion"])(replace(oracle.TINY["diffusion"], in_channels=9))
+    with pytest.raises(ValueError, match="takes 9 channels"):
+        generate("a cat", models={**models, "diffusion": unet}, tokenizer=tokenizer)
+
+
+# ---- the command line
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, ROOT / "pipeline.py", *map(str, arguments)], capture_output=True, text=True)
+
+
+def test_command_line_writes_a_picture_and_never_overwrites(checkpoint, tmp_path):
+    arguments = ["a red apple", "--checkpoint", checkpoint, "--device", "cpu", "--dtype", "float32", "--steps", 2,
+                 "--sampler", "ddim", "--seed", 5, "--cfg-scale", 3, "--uncond-prompt", "blurry", "--count", 2,
+                 "--output", tmp_path / "apple.png"]
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    for told in [str(checkpoint), "device cpu", "seed 5", str(tmp_path / "apple-2.png")]:
+        assert told in done.stdout
+    second = Image.open(tmp_path / "apple-2.png")
+    assert second.size == (64, 64)
+    assert second.text["parameters"] == ("a red apple\nNegative prompt: blurry\nSteps: 2, Sampler: DDIM, CFG scale: 3.0, "
+                                         "Seed: 6, Size: 64x64, Model: tiny")
+    before = (tmp_path / "apple-1.png").read_bytes()
+    again = run(*arguments[:-4], "--count", 2, "--output", tmp_path / "apple.png")
+    assert again.returncode != 0 and "--overwrite" in again.stderr and again.stderr.count("\n") == 1
+    assert (tmp_path / "apple-1.png").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["apple-1.png", "apple-2.png"]
+
+    single = run(*arguments[:-4], "--input-image", tmp_path / "apple-1.png", "--strength", 0.5, "--height", 24,
+                 "--width", 40, "--output", tmp_path / "apple-1.png", "--overwrite")
+    assert single.returncode == 0, single.stderr
+    changed = Image.open(tmp_path / "apple-1.png")
+    assert changed.size == (40, 24) and "Denoising strength: 0.5" in changed.text["parameters"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["x", "--checkpoint", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
+    (["x", "--output", "picture.jpg"], "must end in .png|ends in .png"),
+    (["x", "--output", "nowhere/picture.png"], "no folder nowhere"),
+    (["x", "--count", "0"], "--count is 0"),
+    (["x", "--device", "abacus", "--checkpoint", __file__], "device is 'abacus'"),
+])
+def test_command_line_mistakes_get_one_line(arguments, message, tmp_path):
+    done = run("--output", tmp_path / "o.png", *arguments)
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    import re
+    assert re.search(message, done.stderr)
+
+
+def test_help_imports_nothing_heavy():
+    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "pipeline.py", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--cfg-scale" in done.stdout
+    assert not any(name in done.stderr for name in ["torch", "transformers", "numpy", "PIL"])
+
+
+def test_help_names_every_sampler():
+    from samplers import SAMPLERS
+    help_text = run("--help").stdout.replace("\n", " ")
+    assert all(name in help_text for name in SAMPLERS) and set(pipeline.WEB_UI_NAMES) == set(SAMPLERS)
