@@ -67,16 +67,17 @@ class PLMSSampler(DDPMSampler):
     rule, as the paper's S-PNDM starts), so the second timestep is listed twice. Then the last four predictions are
     extrapolated.
 
-    diffusers cuts the list of calls, not of steps, when strength < 1, and so repeats the wrong one. Here a run that
-    starts in the middle starts as any other: as many calls as there (one if one step is left), from the timestep that
-    the strength means. Steps are 1000 // n timesteps long, with the same caution about "linspace" as in DDIMSampler.
+    With strength < 1 the calls are those that diffusers makes, which cuts the list of calls, not of steps: one step more
+    than other samplers take, from the timestep before. It then corrects a first step that was not listed twice, and
+    falls a step behind; here such a run starts with as many predictions as it has, and no step is repeated. Steps are
+    1000 // n timesteps long, with the same caution about "linspace" as in DDIMSampler.
     """
 
-    # Of the newest prediction, the one before, ...; by call: Adams-Bashforth (eq. 12), but Heun's rule in the second.
-    WEIGHTS = ((1,), (1 / 2, 1 / 2), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12),
-               (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+    # Of the newest prediction, the one before, ...: Adams-Bashforth of orders 1 to 4 (eq. 12).
+    WEIGHTS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
     in_order = True
+    repeats = False  # whether the list of calls that strength leaves has the repeated one
 
     def __init__(self, generator, *, set_alpha_to_one=False, **schedule):
         super().__init__(generator, **schedule)
@@ -84,13 +85,22 @@ class PLMSSampler(DDPMSampler):
 
     def set_strength(self, strength=1.0):
         super().set_strength(strength)
-        self.timesteps[1:1] = self.timesteps[1:2]
-        self.levels[1:1] = self.levels[1:2]
+        timesteps, levels = self.get_schedule()
+        first = len(timesteps) - len(self.timesteps)
+        self.repeats = first < 2
+        if self.repeats:
+            self.timesteps[1:1] = self.timesteps[1:2]
+            self.levels[1:1] = self.levels[1:2]
+        else:
+            self.timesteps, self.levels = timesteps[first - 1:], levels[first - 1:]
+        self.coefficients = self.get_coefficients()
 
     def get_coefficients(self):
         """(c_x, c_eps) of each call: the transfer part, eq. 11, which is DDIM's step."""
         stride = self.num_training_steps // self.num_inference_steps
-        starts = self.timesteps[:1] + [t + stride for t in self.timesteps[1:2]] + self.timesteps[1:]
+        starts = list(self.timesteps)
+        if self.repeats:
+            starts[1:2] = [t + stride for t in starts[1:2]]  # the second call takes the first step again
         coefficients = []
         for t in starts:
             alpha_bar = self.alpha_bar(t)
@@ -102,16 +112,14 @@ class PLMSSampler(DDPMSampler):
     def step(self, timestep, latents, model_output):
         """As DDPMSampler.step."""
         i = self.index(timestep)
-        if i == 0:
-            self.history, self.first_latents = [], latents
-        predictions = [model_output, *self.history[:3]]
-        if i == 1:
-            latents = self.first_latents
-        else:
-            self.history = predictions
-        eps = weighted_sum(self.WEIGHTS[min(i, 4)], predictions)
         c_x, c_eps = self.coefficients[i]
-        return c_x * latents + c_eps * eps
+        if i == 0:
+            self.history, self.start = [model_output], latents
+        elif i == 1 and self.repeats:
+            return c_x * self.start + c_eps / 2 * (self.history[0] + model_output)
+        else:
+            self.history = [model_output, *self.history[:3]]
+        return c_x * latents + c_eps * weighted_sum(self.WEIGHTS[len(self.history) - 1], self.history)
 
 
 class EulerSampler(DDPMSampler):

@@ -70,9 +70,8 @@ def sample_reference(name, scheduler, generator, n, pictures=None, strength=None
     scheduler.set_timesteps(n)
     first = 0 if strength is None else n - min(int(n * strength), n)
     timesteps = scheduler.timesteps[first * scheduler.order:]
-    if name == "plms" and first:        # to cut off calls would repeat the wrong one: list the steps that are left
-        steps = sorted(set(scheduler.timesteps.tolist()), reverse=True)[first:]
-        timesteps = torch.tensor(steps[:2] + steps[1:])
+    if name == "plms" and first == 1:   # the repeated call would be the first, not the second
+        timesteps = torch.cat([timesteps[:1], timesteps[2:3], timesteps[2:]])
     if name == "lms" and first:         # likewise: as if the run began here, with as little history as any
         scheduler.timesteps, scheduler.sigmas, first = timesteps, scheduler.sigmas[first:], 0
     if hasattr(scheduler, "set_begin_index"):
@@ -92,6 +91,8 @@ def sample_reference(name, scheduler, generator, n, pictures=None, strength=None
         trajectory.append(x)
         settings = dict(step_settings, generator=generator) if name in STOCHASTIC else step_settings
         latents = scheduler.step(predict_noise(x, t), t, latents, **settings).prev_sample
+        if name == "plms" and first > 1 and t == timesteps[0]:
+            scheduler.counter = 2       # or it would correct this step in the next call, which is another step's
     return trajectory + [latents], timesteps.tolist()
 
 
