@@ -126,11 +126,13 @@ class EulerSampler(DDPMSampler):
     """Euler's method on dx/dσ = ε (EDM, algorithm 1 without its second-order correction).
 
     use_karras_sigmas: space σ as EDM's eq. 5 does, between the highest and the lowest σ of timestep_spacing.
+    timestep_spacing: as for DDPMSampler, but "linspace" unless told otherwise, here and in the samplers below that are
+    defined on σ: diffusers and k-diffusion start these at the last trained timestep, too.
     "linspace" spacing and Karras sigmas give fractional timesteps, which the model's time embedding takes as they are.
     """
 
-    def __init__(self, generator, *, use_karras_sigmas=False, **schedule):
-        super().__init__(generator, **schedule)
+    def __init__(self, generator, *, use_karras_sigmas=False, timestep_spacing="linspace", **schedule):
+        super().__init__(generator, timestep_spacing=timestep_spacing, **schedule)
         self.use_karras_sigmas = use_karras_sigmas
         self.training_sigmas = np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
 

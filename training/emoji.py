@@ -56,7 +56,7 @@ class Concept(NamedTuple):
     code: str      # code point in lower-case hexadecimal: "1f34e"
     article: str   # "a ", "an " or ""
     name: str      # "red apple"
-    fx_name: str   # its name in fxemoji, "" where that follows from the common name
+    fx_name: str   # its name in fxemoji, "" where that follows from the common name, "-" for none
 
 
 class Drawings(NamedTuple):
@@ -93,7 +93,7 @@ def fetch(icon_set: str, version: str, folder: Path) -> Path:
         try:
             subprocess.run(["npm", "pack", package, "--silent"], cwd=scratch, check=True, stdout=subprocess.DEVNULL)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise RuntimeError(f"could not fetch {package} with `npm pack` ({error}): install Node.js and be on line, "
+            raise RuntimeError(f"could not fetch {package} with `npm pack` ({error}): install Node.js and go online, "
                                f"or put {tarball.name} into {folder}") from error
         os.replace(Path(scratch, tarball.name), tarball)
     return tarball
@@ -116,7 +116,7 @@ def find_icon(concept: Concept, icons: dict, chars: dict, common_names: set[str]
 
 
 def svg(icons: dict, name: str) -> str:
-    """An icon of an `icons.json` as a whole SVG text. Aliases here only rename (none of the concepts is a flipped one)."""
+    """An icon of an `icons.json` as a whole SVG text. Aliases count as other names only: no concept is flipped."""
     while name not in icons["icons"]:
         name = icons["aliases"][name]["parent"]
     icon = icons["icons"][name]
@@ -169,7 +169,8 @@ def make_cache() -> None:
     concepts = read_concepts()
     recipe = json.dumps([STYLES, concepts, SIZE, MARGIN])
     if DRAWINGS.exists() and str(np.load(DRAWINGS)["recipe"]) == recipe:
-        return print(f"{DRAWINGS} is up to date")
+        print(f"{DRAWINGS} is up to date")
+        return
     CACHE.mkdir(exist_ok=True)
     sets = {style: read_icons(fetch(*package, CACHE)) for style, package in STYLES.items()}
     drawings = render_drawings(sets, concepts)
@@ -303,4 +304,7 @@ def trained_colours(drawings: Drawings, path=HELD_OUT) -> torch.Tensor:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fetch and render the drawings, or choose the held-out pairs anew.")
     parser.add_argument("what", nargs="?", default="drawings", choices=["drawings", "held_out"])
-    make_cache() if parser.parse_args().what == "drawings" else write_held_out()
+    if parser.parse_args().what == "drawings":
+        make_cache()
+    else:
+        write_held_out()

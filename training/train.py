@@ -72,7 +72,7 @@ SETTINGS = {
     "vae": Settings(steps=6000, batch=8, learning_rate=1e-3, decay=0.4),
     "diffusion": Settings(steps=8000, batch=32, learning_rate=1e-3, ema=0.9995),
 }
-N_CONCEPTS, STYLES = 150, ["noto", "flat", "twemoji", "emojione", "blob"]
+N_CONCEPTS, STYLES = 150, ["noto", "flat", "twemoji", "emojione"]
 
 
 # ---- the drawings, as batches
@@ -433,7 +433,7 @@ def export(batches, path=MODEL):
         "training": f"from scratch by training/train.py; UNet {steps} steps of {SETTINGS['diffusion'].batch} on "
                     f"{len(batches.rows)} drawings of {len(batches.drawings.concepts)} concepts",
         "concepts": json.dumps(batches.drawings.concepts), "styles": json.dumps(batches.drawings.styles),
-        "licence": "drawings: noto and noto-v1 (blob) Apache-2.0, twemoji and emojione CC-BY-4.0, "
+        "licence": "drawings: noto Apache-2.0, twemoji and emojione CC-BY-4.0, "
                    "fluent-emoji-flat (flat) MIT; see data/README.md",
     }
     temporary = path.with_suffix(".tmp")
