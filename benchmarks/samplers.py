@@ -27,7 +27,7 @@ from samplers import SAMPLERS
 STEPS = [5, 10, 20, 50]
 LIMIT = 200
 RESULTS = ROOT / "benchmarks" / "results"
-LABEL = 100  # pixels at the left, for the sampler's name
+LABEL = 120  # pixels at the left, for the sampler's name
 
 
 def draw_all(models, tokenizer, prompt, cfg_scale, seed):
@@ -57,8 +57,8 @@ def table(pictures):
     """Markdown: the distance of each picture to its sampler's limit."""
     lines = [f"| sampler | {' | '.join(f'{steps} steps' for steps in STEPS)} |", "|---" * (len(STEPS) + 1) + "|"]
     for name, by_steps in pictures.items():
-        *some, limit = [image.astype(float) for image in by_steps.values()]
-        distances = [np.sqrt(np.mean((image - limit) ** 2)) for image in some]
+        limit = by_steps[max(by_steps)].astype(float)
+        distances = [np.sqrt(np.mean((by_steps[steps] - limit) ** 2)) for steps in STEPS]
         lines.append(f"| {name} | {' | '.join(f'{distance:.1f}' for distance in distances)} |")
     return "\n".join(lines)
 

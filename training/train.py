@@ -68,8 +68,8 @@ class Settings:
 
 
 SETTINGS = {
-    "clip": Settings(steps=3000, batch=128, learning_rate=1e-3, ema=0.99),
-    "vae": Settings(steps=6000, batch=8, learning_rate=1e-3, decay=0.4),
+    "clip": Settings(steps=1500, batch=128, learning_rate=1e-3, ema=0.99),
+    "vae": Settings(steps=4500, batch=8, learning_rate=1e-3, decay=0.4),
     "diffusion": Settings(steps=8000, batch=32, learning_rate=1e-3, ema=0.9995),
 }
 N_CONCEPTS, STYLES = 150, ["noto", "flat", "twemoji", "emojione"]
@@ -198,7 +198,7 @@ class VaeStage:
 
     def report(self):
         """PSNR on 64 drawings, and a sheet of them above their reconstructions."""
-        rows = torch.arange(0, len(self.batches.drawings.rgba), len(self.batches.drawings.rgba) // 64)[:64]
+        rows = torch.linspace(0, len(self.batches.drawings.rgba) - 1, 64).long()
         images = self.batches.images(rows, torch.arange(64) % len(self.batches.colours))
         decoded = torch.cat([self.reconstruct(part) for part in images.split(16)])
         mse = (decoded - images).square().mean(dim=(1, 2, 3))
@@ -262,9 +262,9 @@ class DiffusionStage:
 
     def report(self):
         """A sheet of pictures: 32 prompts spread over the trained pairs, every fourth on a named colour."""
-        rows = self.batches.rows[:: len(self.batches.rows) // 32][:32]
         prompts = []
-        for k, row in enumerate(rows):
+        for k, position in enumerate(torch.linspace(0, len(self.batches.rows) - 1, 32).long()):
+            row = self.batches.rows[position]
             concept = self.batches.drawings.concepts[self.batches.drawings.concept[row]]
             style = self.batches.drawings.styles[self.batches.drawings.style[row]]
             colour = self.batches.colours[k // 4 % len(self.batches.colours)] if k % 4 == 3 else None
@@ -289,7 +289,7 @@ def zero_residuals(network):
 # ---- the loop
 
 
-def train(name, settings, batches, runs=RUNS):
+def train(name, settings, batches, runs):
     """Runs one stage from where its checkpoint left off to settings.steps, and returns its modules with EMA weights."""
     torch.manual_seed(0)
     stage = STAGES[name](batches)
@@ -388,9 +388,9 @@ def sheet(images, columns):
 # ---- the result
 
 
-def load_stage(name, batches, runs=RUNS):
+def load_stage(name, batches):
     """Returns a finished stage's modules with their EMA weights."""
-    path = runs / f"{name}.pt"
+    path = RUNS / f"{name}.pt"
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; run `python training/train.py {name}` first")
     modules = STAGES[name](batches).modules
@@ -453,7 +453,7 @@ def main():
     settings = SETTINGS[arguments.stage]
     if arguments.steps:
         settings = Settings(**{**vars(settings), "steps": arguments.steps})
-    train(arguments.stage, settings, batches)
+    train(arguments.stage, settings, batches, RUNS)
 
 
 if __name__ == "__main__":
