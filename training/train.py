@@ -68,7 +68,7 @@ class Settings:
 
 
 SETTINGS = {
-    "clip": Settings(steps=1500, batch=128, learning_rate=1e-3, ema=0.99),
+    "clip": Settings(steps=800, batch=128, learning_rate=1e-3, ema=0.99),
     "vae": Settings(steps=4500, batch=8, learning_rate=1e-3, decay=0.4),
     "diffusion": Settings(steps=8000, batch=32, learning_rate=1e-3, ema=0.9995),
 }
@@ -194,7 +194,7 @@ class VaeStage:
         decoded = self.modules["decoder"](latents * LATENT_SCALE).float()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         return (F.l1_loss(decoded, images) + F.mse_loss(decoded, images) + 0.5 * edge_loss(decoded, images)
-                + F.l1_loss(F.avg_pool2d(decoded, 8), F.avg_pool2d(images, 8)) + 1e-5 * kl)
+                + 4 * F.l1_loss(F.avg_pool2d(decoded, 8), F.avg_pool2d(images, 8)) + 1e-5 * kl)
 
     def report(self):
         """PSNR on 64 drawings, and a sheet of them above their reconstructions."""
