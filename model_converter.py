@@ -4,12 +4,11 @@ The layout is that of the original release (CompVis, `v1-5-pruned-emaonly.ckpt`)
 Nothing in a checkpoint is ever executed.
 """
 
-import collections
 import pickle
 import re
 import sys
+import tarfile
 import types
-import zipfile
 from pathlib import Path
 
 import torch
@@ -199,20 +198,23 @@ def read_safetensors(path):
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except SafetensorError as error:
-        raise CheckpointError(f"{path}: found a broken or truncated safetensors file ({error}); expected a whole one: "
-                              f"download it again") from None
+        raise CheckpointError(f"{path}: found a broken or truncated safetensors file ({str(error)!r}); expected a "
+                              f"whole one: download it again") from None
 
 
 def read_pickle(path, mmap):
     try:
-        if mmap and any(name.endswith("constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+        # What torch.load would run (asked of its own parser: zipfile can be made to see other entries) or unpack.
+        if mmap and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
             raise CheckpointError("found a TorchScript program; expected weights alone")
+        if not mmap and tarfile.is_tarfile(path):
+            raise CheckpointError("found a tar archive; expected a PyTorch or safetensors checkpoint")
         checkpoint = torch.load(path, map_location="cpu", mmap=mmap, weights_only=False, pickle_module=RESTRICTED)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # whatever a broken or hostile file makes the parsers stumble over
         reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{path}: found a broken or truncated PyTorch file ({type(error).__name__}: {reason}); "
+        raise CheckpointError(f"{path}: found a broken or truncated PyTorch file ({type(error).__name__}: {reason!r}); "
                               f"expected a whole one: download it again") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path}: found a pickled {type(checkpoint).__name__}; expected a dict of weights")
@@ -247,13 +249,30 @@ class Placeholder:
     extend = add = append
 
 
+class PlainDict(dict):
+    """Stands for an OrderedDict or defaultdict; takes no attributes from a file, as they would hide its methods."""
+
+    def __setstate__(self, state):
+        pass
+
+
+def sealed(function):
+    """Returns the function in a shell: a pickle can set attributes (`__name__`, `__defaults__`) of all that it gets."""
+
+    def call(*args):
+        return function(*args)
+
+    call.__setstate__ = lambda state: None
+    return call
+
+
 REBUILT = {
-    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-    ("torch", "Size"): torch.Size,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "defaultdict"): lambda *args: collections.defaultdict(None, *args[1:]),
+    ("torch._utils", "_rebuild_tensor"): sealed(torch._utils._rebuild_tensor),
+    ("torch._utils", "_rebuild_tensor_v2"): sealed(torch._utils._rebuild_tensor_v2),
+    ("torch._utils", "_rebuild_parameter"): sealed(torch._utils._rebuild_parameter),
+    ("torch", "Size"): sealed(torch.Size),
+    ("collections", "OrderedDict"): PlainDict,
+    ("collections", "defaultdict"): sealed(lambda default_factory=None, *items: PlainDict(*items)),
 }
 
 # The parts of Python's own library whose classes an honest checkpoint may hold. Calls into any other part (os,
@@ -272,13 +291,13 @@ class RestrictedUnpickler(pickle.Unpickler):
         if (module, name) in REBUILT:
             return REBUILT[module, name]
         root = module.partition(".")[0]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):  # getattr would import submodules
+            return vars(torch)[name]
         if root in ("builtins", "__builtin__") and name in HARMLESS_BUILTINS:
             return Placeholder
         if (root in sys.stdlib_module_names or root in PYTHON_2) and root not in HARMLESS:
-            raise CheckpointError(f"found a pickle that calls {module}.{name}, which no honest checkpoint does; nothing "
-                                  f"was executed; expected tensors and plain containers: do not use this file")
+            raise CheckpointError(f"found a pickle that calls {f'{module}.{name}'!r}, which no honest checkpoint does; "
+                                  f"nothing was executed; expected tensors and plain containers: do not use this file")
         return Placeholder
 
 
@@ -307,7 +326,10 @@ def known_weights(weights, use_ema):
                 continue
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise CheckpointError(f"{name} is {found}; expected a tensor of floating point numbers")
+            raise CheckpointError(f"{name!r} is {found}; expected a tensor of floating point numbers")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # strides of zero fake any size
+            raise CheckpointError(f"{name!r} has shape {tuple(tensor.shape)}, of which the file holds but a part; "
+                                  f"expected all of it")
         known[name] = tensor.detach()
     return known
 
@@ -375,15 +397,19 @@ def infer_configs(weights, metadata):
     def shape(name):
         if name not in weights:
             raise CheckpointError(f"{name} is missing; expected an SD 1.x checkpoint with text encoder, VAE and UNet")
-        return tuple(weights[name].shape)
+        tensor = weights[name]
+        if tensor.ndim not in (2, 4) or tensor.numel() == 0:
+            raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}; expected the weight of a linear layer or "
+                                  f"of a convolution")
+        return tuple(tensor.shape)
 
     def number(key, default):
         value = metadata.get(key, default)
-        if not str(value).isdecimal() or int(value) == 0:
-            raise CheckpointError(f"the metadata's {key} is {value!r}; expected a positive whole number")
+        if not re.fullmatch("[1-9][0-9]{0,4}", str(value)):
+            raise CheckpointError(f"the metadata's {key} is {value!r}; expected a whole number from 1 to 99999")
         return int(value)
 
-    n_vocab, d_text = shape(f"{TEXT}embeddings.token_embedding.weight")
+    n_vocab, d_text = shape(f"{TEXT}embeddings.token_embedding.weight")[:2]
     clip = CLIPConfig(
         n_vocab=n_vocab,
         n_tokens=shape(f"{TEXT}embeddings.position_embedding.weight")[0],
@@ -410,6 +436,7 @@ def infer_configs(weights, metadata):
     )
     diffusion = infer_diffusion(weights, shape, number)
     for what, value, divisor, source in [
+        ("the size of the pictures", diffusion.sample_size, 8, "sample_size"),
         ("the text encoder's width", clip.d_embed, clip.n_heads, "clip_heads"),
         *(("a width of the UNet", width, diffusion.n_heads, "unet_heads") for width in diffusion.channels),
         *(("a width of the UNet", width, diffusion.n_groups, "unet_groups") for width in diffusion.channels),
@@ -454,6 +481,6 @@ def infer_diffusion(weights, shape, number):
 
 
 def count(weights, pattern):
-    """Returns how many there are of something numbered from 0: one more than the highest number that matches."""
+    """Returns how many different numbers there are in the place of the pattern's group."""
     pattern = re.compile(pattern)
-    return max((int(match[1]) for match in map(pattern.match, weights) if match), default=-1) + 1
+    return len({match[1] for match in map(pattern.match, weights) if match})

@@ -5,11 +5,14 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import struct
 import subprocess
 import sys
+import tarfile
 import types
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -146,8 +149,45 @@ def test_attention_as_linear_layers_or_as_convolutions(written, tiny, weights):
     assert_same(load_from_standard_weights(written(other)), weights)
 
 
+def test_a_fine_tune_in_half_precision_with_keys_of_its_own(written, tiny, weights):
+    half = {name: weight.half() for name, weight in weights.items()}
+    extra = {"sd_merge_recipe": {"type": "webui"}, "ztsnr": torch.ones(1), "edm_vpred.sigma_max": torch.tensor(20.0),
+             "cond_stage_model.transformer.text_projection.weight": torch.zeros(2, 2), "v_pred": torch.empty(0), 7: "seven",
+             "denoiser.sigmas": torch.zeros(1000, dtype=torch.float64), "sd_merge_models": "..."}
+    assert_same(load_from_standard_weights(written({**extra, **half})), half)
+
+
+def test_an_inpainting_model_has_nine_input_channels(tmp_path):
+    configs = {**oracle.TINY, "diffusion": replace(oracle.TINY["diffusion"], in_channels=9)}
+    weights = oracle.write_checkpoint(tmp_path / "inpainting.safetensors", configs)
+    assert infer_configs(weights, oracle.METADATA) == configs
+    assert_same(load_from_standard_weights(tmp_path / "inpainting.safetensors"), weights)
+
+
+def test_a_pickle_within_the_bytes_of_a_checkpoint_stays_bytes(written, tiny, weights, tmp_path):
+    inner = pickle.dumps(Attack(os.system, f"touch {tmp_path / 'executed'}"))
+    assert_same(load_from_standard_weights(written({"state_dict": weights, "callbacks": inner})), weights)
+    assert not (tmp_path / "executed").exists()
+
+
 class AttributeDict(dict):
     pass
+
+
+class ListConfig:
+    """As omegaconf's: a state of its own and items like a list's."""
+
+    def __init__(self):
+        self.content = [self, float, ModelCheckpoint]
+
+    def __reduce__(self):
+        return ListConfig, (), {"_content": self.content, "_parent": None}, iter([1, 2]), iter([("a", 1)])
+
+    def append(self, item):
+        pass
+
+    def __setitem__(self, key, value):
+        pass
 
 
 class ModelCheckpoint:
@@ -160,12 +200,13 @@ def test_a_checkpoint_with_lightning_classes_loads(written, tiny, weights, monke
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
     for name, parent in [("pytorch_lightning", None), ("pytorch_lightning.callbacks", None), (module.__name__, None)]:
         monkeypatch.setitem(sys.modules, name, module)
-    for kind in (ModelCheckpoint, AttributeDict):
+    for kind in (ModelCheckpoint, AttributeDict, ListConfig):
         monkeypatch.setattr(kind, "__module__", module.__name__)
         setattr(module, kind.__name__, kind)
     checkpoint = {
         "state_dict": collections.OrderedDict(weights), "pytorch-lightning_version": "1.4.2",
         "callbacks": {ModelCheckpoint: {"monitor": "val/loss", "best_model_score": torch.tensor(0.1)}, "it": ModelCheckpoint()},
+        "config": ListConfig(),
         "hyper_parameters": AttributeDict(lr=1e-4, size=torch.Size([3]), dtype=torch.float16, device=torch.device("cpu")),
         "loops": collections.defaultdict(list, a=[1]), "seen": {1, 2}, "frozen": frozenset([3]), "z": 1 + 2j,
         "score": np.float64(0.5), "kind": np.dtype("float32"), "array": np.arange(3), "bytes": b"abc",
@@ -179,13 +220,20 @@ def test_a_checkpoint_with_lightning_classes_loads(written, tiny, weights, monke
             assert_same(load_from_standard_weights(path), weights)
 
 
-def test_weights_are_mapped_and_not_copied(checkpoint):
-    loaded = load_from_standard_weights(checkpoint)
-    maps = [line.split() for line in open("/proc/self/maps") if str(checkpoint) in line] if sys.platform == "linux" else []
-    for low, high in (map(lambda x: int(x, 16), line[0].split("-")) for line in maps[:1]):
-        in_file = [name for name, weight in loaded["diffusion"].items() if low <= weight.data_ptr() < high]
-        fused = [name for name in loaded["diffusion"] if "in_proj" in name]
-        assert set(in_file) == set(loaded["diffusion"]) - set(fused)
+def mapped_names(state_dict, path):
+    """The names of the tensors that lie in the memory map of a file. Linux only."""
+    lines = [line.split() for line in open("/proc/self/maps") if str(path) in line]
+    spans = [[int(x, 16) for x in line[0].split("-")] for line in lines]
+    return {name for name, weight in state_dict.items() if any(low <= weight.data_ptr() < high for low, high in spans)}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
+def test_weights_are_mapped_and_not_copied(checkpoint, written, tiny, weights, kind):
+    path = checkpoint if kind == "safetensors" else written(weights)
+    state_dict = load_from_standard_weights(path, dtype=torch.float32)["diffusion"]
+    fused = {name for name in state_dict if "in_proj" in name}
+    assert fused and mapped_names(state_dict, path) == set(state_dict) - fused
 
 
 # ---- what is refused
@@ -219,10 +267,10 @@ def attacks(marker):
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("place", ["inside the weights", "beside the weights", "instead of the weights"])
 @pytest.mark.parametrize("name", attacks("x"))
-def test_hostile_pickles_are_refused_and_nothing_runs(written, tiny, weights, tmp_path, name, place, legacy):
+def test_hostile_pickles_are_refused_and_nothing_runs(written, tmp_path, name, place, legacy):
     marker = tmp_path / "executed"
     attack = attacks(marker)[name]
-    key = f"{UNET}out.0.bias"
+    key, weights = f"{UNET}out.0.bias", {f"{UNET}out.0.weight": torch.zeros(32)}
     checkpoint = {"inside the weights": {"state_dict": {**weights, key: attack}},
                   "beside the weights": {"state_dict": weights, "callbacks": [attack]},
                   "instead of the weights": attack}[place]
@@ -254,6 +302,7 @@ def raw_pickle(path, opcodes):
     b"\x80\x02\x82\x01.",  # EXT1
     b"Pnonsense\n.",  # a persistent id of odd shape
     b"\x80\x02(X\x07\x00\x00\x00storagetQ.",
+    b"\x80\x04\x8c\x05os.\na\x8c\x03a\nb\x93.",  # line breaks in a name
     b"", b".", b"\x80\x02N.", b"garbage",
 ])
 def test_hand_written_pickles_raise_one_error_and_call_nothing(tmp_path, monkeypatch, opcodes):
@@ -265,20 +314,100 @@ def test_hand_written_pickles_raise_one_error_and_call_nothing(tmp_path, monkeyp
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_hand_written_pickle_is_read_at_all(tmp_path):
+    with pytest.raises(CheckpointError, match="found no weights"):
+        load_from_standard_weights(raw_pickle(tmp_path / "model.ckpt", b"\x80\x02}."))
+
+
+def text(string):
+    return b"X" + struct.pack("<I", len(string)) + string.encode()
+
+
+REBUILD = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def test_a_pickle_cannot_set_attributes_of_what_it_is_given(tmp_path):
+    """BUILD sets them, `__defaults__` of torch's own functions, too; an OrderedDict's could hide its methods."""
+    path = raw_pickle(tmp_path / "model.ckpt", b"\x80\x02" + REBUILD + b"(}}" + text("__defaults__") + b"K\x01\x85stb.")
+    with pytest.raises(CheckpointError, match="a pickled function"):
+        load_from_standard_weights(path)
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == (None,)
+    path = raw_pickle(path, b"\x80\x02ccollections\nOrderedDict\n)R}" + text("get") + REBUILD + b"sb.")
+    with pytest.raises(CheckpointError, match="found no weights"):
+        load_from_standard_weights(path)
+
+
+def test_a_legacy_file_cannot_make_torch_write_a_patch(tmp_path):
+    """torch.load writes NAME.patch if a class asks for it by `dump_patches` and its source differs from the file's."""
+    name = str(tmp_path / "written")
+    opcodes = (b"\x80\x02" + REBUILD + b"(}" + text("dump_patches") + b"\x88s}" + text("__name__") + text(name) + b"stb0("
+               + text("module") + REBUILD + text("source.py") + text("some other source") + b"tQ.")
+    header = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {"little_endian": True}]
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(b"".join(pickle.dumps(x, 2) for x in header) + opcodes + pickle.dumps([], 2))
+    with pytest.raises(CheckpointError):
+        load_from_standard_weights(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.ckpt"]
+    assert torch._utils._rebuild_tensor_v2.__name__ == "_rebuild_tensor_v2"
+
+
+def test_a_tar_archive_is_not_unpacked(tmp_path):
+    """torch.load unpacks it, hard links and modes included: this one would make another file readable to all."""
+    victim, path = tmp_path / "victim", tmp_path / "model.ckpt"
+    victim.touch(mode=0o600)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as file:
+        file.addfile(tarfile.TarInfo("\x80first"))  # begins as a pickle does
+        link = tarfile.TarInfo("storages")
+        link.type, link.linkname, link.mode, link.uid, link.gid = tarfile.LNKTYPE, str(victim), 0o666, os.getuid(), os.getgid()
+        file.addfile(link)
+    with pytest.raises(CheckpointError, match="model.ckpt: found a tar archive"):
+        load_from_standard_weights(path)
+    assert victim.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_tensor_that_fakes_its_size(written, weights):
+    key = f"{UNET}time_embed.0.weight"
+    path = written({**weights, key: torch.zeros(1).expand(10**9, 10**9)})
+    with pytest.raises(CheckpointError, match=f"{key}' has shape .1000000000, 1000000000., of which the file holds but a part"):
+        load_from_standard_weights(path)
+
+
 @pytest.mark.parametrize("module, name", [
-    ("torch.hub", "load"), ("torch", "load"), ("torch.serialization", "load"), ("torch", "compile"),
+    ("torch", "_inductor"), ("lib2to3_", "main"), ("torch.hub", "load"), ("torch", "load"), ("torch.serialization", "load"), ("torch", "compile"),
     ("torch", "serialization.os.system"), ("torch", "float32.__class__"), ("numpy", "load"), ("torch._utils", "os.system"),
     ("collections", "namedtuple"), ("pip", "main"), ("torch.jit", "load"), ("evil", "FloatStorage"),
 ])
 def test_no_other_name_is_looked_up(module, name):
+    before = set(sys.modules)
     unpickler = model_converter.RestrictedUnpickler(io.BytesIO(b""))
     assert unpickler.find_class(module, name) is model_converter.Placeholder
+    assert set(sys.modules) == before  # and nothing is imported
 
 
-def test_torchscript_is_refused(tmp_path):
-    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "model.pt")
+@pytest.fixture
+def torchscript(tmp_path):
+    """The path of an archive of the kind for which torch.load turns to torch.jit.load, whatever it was asked."""
+    with zipfile.ZipFile(tmp_path / "model.pt", "w") as file:
+        for name, content in [("data.pkl", b"\x80\x02}."), ("constants.pkl", b"\x80\x02)."), ("version", "3\n")]:
+            file.writestr(f"model/{name}", content)
+    return tmp_path / "model.pt"
+
+
+def test_torchscript_is_refused(torchscript):
     with pytest.raises(CheckpointError, match="model.pt: found a TorchScript program"):
-        load_from_standard_weights(tmp_path / "model.pt")
+        load_from_standard_weights(torchscript)
+
+
+def test_torchscript_is_refused_where_only_torch_sees_it(torchscript):
+    """Two tables of contents: Python's zipfile reads the one before the end, torch the one that the end points to."""
+    data = torchscript.read_bytes()
+    end = data.rindex(b"PK\x05\x06")
+    size, offset = struct.unpack("<II", data[end + 12:end + 20])
+    torchscript.write_bytes(data[:end] + data[offset:end].replace(b"constants", b"harmless!") + data[end:])
+    assert "model/harmless!.pkl" in zipfile.ZipFile(torchscript).namelist()
+    assert size == end - offset
+    with pytest.raises(CheckpointError, match="model.pt: found a TorchScript program"):
+        load_from_standard_weights(torchscript)
 
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4265380512\n"
@@ -291,6 +420,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4265380
     (LFS.encode(), "a Git LFS pointer"),
     (struct.pack("<Q", 1 << 62) + b"{}", "a broken or truncated safetensors file"),
     (struct.pack("<Q", 2) + b"{}", "no weights"),
+    (struct.pack("<Q", 56) + b'{"a\\nb":{"dtype":"F32","shape":[2],"data_offsets":[0,1]}}', "a broken or truncated safetensors"),
     (b"PK\x03\x04" + b"\0" * 100, "a broken or truncated PyTorch file"),
     (b"\x80\x02garbage", "a broken or truncated PyTorch file"),
 ])
@@ -342,7 +472,7 @@ def spoiled(weights, key, value):
     (f"{UNET}time_embed.0.weight", torch.zeros(3, 3), r"has shape \(3, 3\); expected \(128, 32\)"),
     (f"{UNET}out.0.bias", torch.full((32,), float("nan")), "holds NaN or infinite values"),
     (f"{UNET}out.0.bias", torch.full((32,), float("inf")), "holds NaN or infinite values"),
-    (f"{UNET}out.0.bias", torch.zeros(32, dtype=torch.int64), "is torch.int64; expected a tensor of floating point"),
+    (f"{UNET}out.0.bias", torch.zeros(32, dtype=torch.int64), "' is torch.int64; expected a tensor of floating point"),
     (f"{UNET}label_emb.0.0.weight", torch.zeros(4), "does not have"),
 ])
 def test_broken_weights_name_the_key(tmp_path, weights, key, value, message):
@@ -352,9 +482,29 @@ def test_broken_weights_name_the_key(tmp_path, weights, key, value, message):
     assert "broken.safetensors" in str(caught.value) and key in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (0, 4), (2, 2, 2), (1, 1, 1, 1), (2, 2, 2, 2, 2)])
+def test_a_wrong_shape_anywhere_is_one_error(tmp_path, weights, shape):
+    """Above all of the weights from which the sizes are read."""
+    deep = re.compile(r"\.(2|3|4|5|6|7|8)\.|\.(q|k|v|to_k|to_q)\.|block_2|norm")
+    names = [name for name in weights if not deep.search(name)]
+    for key in names:
+        with pytest.raises(CheckpointError):
+            weights_ = spoiled(weights, key, torch.zeros(shape, device="meta"))
+            for network, config in infer_configs(weights_, oracle.METADATA).items():
+                with torch.device("meta"):
+                    model_converter.convert(network, NETWORKS[network](config), weights_, "meta", None)
+
+
+def test_an_absurd_number_in_a_name_is_one_error(tmp_path, weights):
+    key = f"cond_stage_model.transformer.text_model.encoder.layers.{'9' * 5000}.mlp.fc1.weight"
+    save_file({**weights, key: torch.zeros(2, 2)}, tmp_path / "model.safetensors", oracle.METADATA)
+    with pytest.raises(CheckpointError, match="layers.2.*is missing"):
+        load_from_standard_weights(tmp_path / "model.safetensors")
+
+
 def test_an_object_in_place_of_a_tensor_names_the_key(written, tiny, weights):
     key = f"{UNET}out.0.bias"
-    with pytest.raises(CheckpointError, match=f"{key} is Placeholder; expected a tensor"):
+    with pytest.raises(CheckpointError, match=f"{key}' is Placeholder; expected a tensor"):
         load_from_standard_weights(written(spoiled(weights, key, argparse.Namespace(a=1))))
 
 
@@ -365,7 +515,9 @@ def test_pickles_of_other_things(written, content, message):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"unet_heads": "x"}, "unet_heads is 'x'; expected a positive whole number"),
+    ({"unet_heads": "x"}, "unet_heads is 'x'; expected a whole number from 1"),
+    ({"unet_heads": "9" * 5000}, "expected a whole number from 1 to 99999"),
+    ({"sample_size": "65"}, "65, which 8 .sample_size. does not divide"),
     ({"unet_heads": "0"}, "unet_heads is '0'"),
     ({"unet_heads": "5"}, "32, which 5 .unet_heads. does not divide"),
     ({"vae_groups": "32"}, "vae_groups"),
