@@ -9,22 +9,24 @@ import sys
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description="Draws a picture from a prompt with Stable Diffusion 1.x.")
-    parser.add_argument("prompt", help="what to draw")
-    parser.add_argument("--uncond-prompt", default="", help="what to stay away from (default: nothing)")
-    parser.add_argument("--input-image", help="a picture to start from, instead of noise alone")
-    parser.add_argument("--strength", type=float, default=0.8, help="how much of the input picture to replace, in (0, 1] (default: %(default)s)")
-    parser.add_argument("--cfg-scale", type=float, default=7.5, help="guidance scale: how closely to follow the prompt (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps, 1 to 1000 (default: %(default)s)")
-    parser.add_argument("--sampler", default="ddpm", help="ddpm, ddim, plms, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde or lcm (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="the same seed draws the same picture (default: a random one, which is printed)")
-    parser.add_argument("--height", type=int, help="pixels, a multiple of 8 (default: what the checkpoint was made for)")
-    parser.add_argument("--width", type=int, help="pixels, a multiple of 8 (default: what the checkpoint was made for)")
-    parser.add_argument("--count", type=int, default=1, help="pictures to draw, with seeds one apart (default: %(default)s)")
-    parser.add_argument("--checkpoint", help="a .ckpt or .safetensors file of SD 1.x (default: the best one in data/)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the fastest there is)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (default: %(default)s)")
-    parser.add_argument("--output", default="output.png", help="the file to write, a .png (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output file if it exists")
+    add = parser.add_argument
+    add("prompt", help="what to draw")
+    add("--uncond-prompt", default="", help="what to stay away from (default: nothing)")
+    add("--input-image", help="a picture to start from, instead of noise alone")
+    add("--strength", type=float, default=0.8, help="how much of the input picture to replace, in (0, 1] (%(default)s)")
+    add("--cfg-scale", type=float, default=7.5, help="guidance scale: how closely to follow the prompt (%(default)s)")
+    add("--steps", type=int, default=50, help="denoising steps, 1 to 1000 (%(default)s)")
+    add("--sampler", default="ddpm", help="ddpm, ddim, plms, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde or lcm "
+                                          "(%(default)s)")
+    add("--seed", type=int, help="the same seed draws the same picture (default: a random one, which is printed)")
+    add("--height", type=int, help="pixels, a multiple of 8 (default: what the checkpoint was made for)")
+    add("--width", type=int, help="pixels, a multiple of 8 (default: what the checkpoint was made for)")
+    add("--count", type=int, default=1, help="pictures to draw, with seeds one apart (%(default)s)")
+    add("--checkpoint", help="a .ckpt or .safetensors file of SD 1.x (default: the best one in data/)")
+    add("--device", help="cpu, cuda or mps (default: the fastest there is)")
+    add("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (%(default)s)")
+    add("--output", default="output.png", help="the file to write, a .png (%(default)s)")
+    add("--overwrite", action="store_true", help="replace the output file if it exists")
     return parser.parse_args()
 
 
@@ -179,7 +181,7 @@ def tokenize(texts, tokenizer, n_tokens=77):
         end = ids[-1]
         if len(ids) > n_tokens:
             dropped = tokenizer.decode(ids[n_tokens - 1 : -1])
-            warnings.warn(f"the prompt has {len(ids)} tokens and the text encoder takes {n_tokens}: dropped {dropped!r}",
+            warnings.warn(f"the prompt has {len(ids)} tokens, the text encoder takes {n_tokens}: dropped {dropped!r}",
                           stacklevel=3)
         ids = ids[:-1][: n_tokens - 1]
         rows.append(ids + [end] * (n_tokens - len(ids)))
@@ -195,7 +197,7 @@ def open_image(image):
             image = Image.open(image)
             image.load()
         except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{image}: not a picture that can be read ({error}); give a PNG, JPEG or WebP file") from None
+            raise ValueError(f"{image}: not a picture that can be read ({error}); give a PNG or JPEG file") from None
     elif not isinstance(image, Image.Image):
         image = array_to_image(np.asarray(image))
     image = ImageOps.exif_transpose(image)
@@ -239,8 +241,8 @@ def check_finite(are_finite, dtype):
     """Raises if the latents were not finite after a step; `are_finite` has a boolean tensor a step."""
     are_finite = torch.stack(are_finite).tolist()
     if not all(are_finite):
-        raise FloatingPointError(f"the latents hold NaN or infinity after step {are_finite.index(False)} of the denoising "
-                                 f"in {dtype}; try dtype float32, or a lower cfg_scale")
+        raise FloatingPointError(f"the latents hold NaN or infinity after step {are_finite.index(False)} (from 0), in "
+                                 f"{dtype}; try dtype float32, or a lower cfg_scale")
 
 
 def check_arguments(prompts, uncond_prompts, strength, cfg_scale, sampler_name, n_inference_steps, seed, height, width):
@@ -252,15 +254,18 @@ def check_arguments(prompts, uncond_prompts, strength, cfg_scale, sampler_name, 
 
     for name, texts in [("prompt", prompts), ("uncond_prompt", uncond_prompts)]:
         require(texts, f"{name} is an empty list; give at least one text")
-        require(all(isinstance(text, str) for text in texts), f"{name} is {texts!r:.80}; give a text or a list of texts")
+        are_texts = all(isinstance(text, str) for text in texts)
+        require(are_texts, f"{name} is {texts!r:.80}; give a text or a list of texts")
     require(len(prompts) == len(uncond_prompts), f"there are {len(prompts)} prompts but {len(uncond_prompts)} "
             f"uncond_prompts; give one for all, or as many as prompts")
     require(is_number(strength) and 0 < strength <= 1, f"strength is {strength!r}; it must lie in (0, 1]")
-    require(is_number(cfg_scale) and math.isfinite(cfg_scale), f"cfg_scale is {cfg_scale!r}; give a finite number, such as 7.5")
+    require(is_number(cfg_scale) and math.isfinite(cfg_scale),
+            f"cfg_scale is {cfg_scale!r}; give a finite number, such as 7.5")
     require(sampler_name in SAMPLERS, f"sampler_name is {sampler_name!r}; known are {', '.join(SAMPLERS)}")
     require(isinstance(n_inference_steps, int) and 1 <= n_inference_steps <= 1000,
             f"n_inference_steps is {n_inference_steps!r}; give a whole number from 1 to 1000")
-    require(seed is None or isinstance(seed, int) and 0 <= seed < 2**63, f"seed is {seed!r}; give a whole number from 0 to 2**63 - 1")
+    require(seed is None or isinstance(seed, int) and 0 <= seed < 2**63,
+            f"seed is {seed!r}; give a whole number from 0 to 2**63 - 1")
     for name, size in [("height", height), ("width", width)]:
         require(size is None or isinstance(size, int) and size > 0 and size % 8 == 0,
                 f"{name} is {size!r}; give a positive multiple of 8")
@@ -293,14 +298,16 @@ def main(arguments):
         raise FileNotFoundError(f"--output is {str(output)!r}, but there is no folder {output.parent}; make it first")
     if arguments.count < 1:
         raise ValueError(f"--count is {arguments.count}; give a whole number from 1")
-    paths = [output] if arguments.count == 1 else [output.with_stem(f"{output.stem}-{k + 1}") for k in range(arguments.count)]
+    paths = [output]
+    if arguments.count > 1:
+        paths = [output.with_stem(f"{output.stem}-{k + 1}") for k in range(arguments.count)]
     for path in paths:
         if path.exists() and not arguments.overwrite:
             raise FileExistsError(f"{path} exists already; name another with --output, or replace it with --overwrite")
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
-    settings = dict(uncond_prompt=arguments.uncond_prompt, input_image=arguments.input_image, strength=arguments.strength,
-                    cfg_scale=arguments.cfg_scale, sampler_name=arguments.sampler, n_inference_steps=arguments.steps,
-                    height=arguments.height, width=arguments.width)
+    settings = dict(uncond_prompt=arguments.uncond_prompt, input_image=arguments.input_image,
+                    strength=arguments.strength, cfg_scale=arguments.cfg_scale, sampler_name=arguments.sampler,
+                    n_inference_steps=arguments.steps, height=arguments.height, width=arguments.width)
 
     checkpoint = arguments.checkpoint or model_loader.find_checkpoint()
     device = arguments.device or model_loader.best_device()
@@ -309,7 +316,8 @@ def main(arguments):
     print(f"checkpoint {checkpoint}, device {device} ({str(dtype).removeprefix('torch.')}), seed {seed}")
     for k, path in enumerate(paths):
         image = generate(arguments.prompt, models=models, seed=seed + k, device=device, **settings)
-        save_picture(image, path, describe(arguments.prompt, image, seed + k, checkpoint, settings), arguments.overwrite)
+        parameters = describe(arguments.prompt, image, seed + k, checkpoint, settings)
+        save_picture(image, path, parameters, arguments.overwrite)
         print(f"wrote {path}")
 
 

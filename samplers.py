@@ -67,10 +67,10 @@ class PLMSSampler(DDPMSampler):
     rule, as the paper's S-PNDM starts), so the second timestep is listed twice. Then the last four predictions are
     extrapolated.
 
-    With strength < 1 the calls are those that diffusers makes, which cuts the list of calls, not of steps: one step more
-    than other samplers take, from the timestep before. It then corrects a first step that was not listed twice, and
-    falls a step behind; here such a run starts with as many predictions as it has, and no step is repeated. Steps are
-    1000 // n timesteps long, with the same caution about "linspace" as in DDIMSampler.
+    With strength < 1 the calls are those that diffusers makes, which cuts the list of calls, not of steps: one step
+    more than other samplers take, from the timestep before. It then corrects a first step that was not listed twice,
+    and falls a step behind; here such a run starts with as many predictions as it has, and no step is repeated. Steps
+    are 1000 // n timesteps long, with the same caution about "linspace" as in DDIMSampler.
     """
 
     # Of the newest prediction, the one before, ...: Adams-Bashforth of orders 1 to 4 (eq. 12).

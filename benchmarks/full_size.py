@@ -2,9 +2,9 @@
 
     python benchmarks/full_size.py [--format safetensors|ckpt] [--stored float16] [--dtype auto]
 
-Prints seconds and memory. Anonymous memory is what the process itself takes; mapped memory is the file, which the system
-can drop and read again. Loading has to stay within 1.15 times the weights' size in their final dtype, anonymous memory
-counted. The checkpoint lies in a temporary folder and is removed at the end.
+Prints seconds and memory. Anonymous memory is what the process itself takes; mapped memory is the file, which the
+system can drop and read again. Loading has to stay within 1.15 times the weights' size in their final dtype, anonymous
+memory counted. The checkpoint lies in a temporary folder and is removed at the end.
 """
 
 import argparse
@@ -73,14 +73,14 @@ def load_and_draw(path, dtype):
     weights = [weight for model in models.values() for weight in model.parameters()]
     size = sum(weight.numel() * weight.element_size() for weight in weights) / 2**20
     grown = memory.anonymous - memory.start_anonymous
-    print(f"load {path.suffix} as {weights[0].dtype}: {seconds:.1f} s; weights {size:.0f} MiB; peak anonymous memory {grown:.0f} "
-          f"MiB ({grown / size:.2f} of the weights), mapped {memory.mapped:.0f} MiB")
+    print(f"load {path.suffix} as {weights[0].dtype}: {seconds:.1f} s; weights {size:.0f} MiB; peak anonymous memory "
+          f"{grown:.0f} MiB ({grown / size:.2f} of the weights), mapped {memory.mapped:.0f} MiB")
 
     began = time.perf_counter()
     image = generate("a futuristic city on Mars during sunset", models=models, tokenizer=tokenizer, n_inference_steps=2,
                      sampler_name="ddim", seed=42)
-    print(f"draw {image.shape[1]}x{image.shape[0]}, 2 steps with guidance: {time.perf_counter() - began:.1f} s; peak anonymous "
-          f"memory {memory.anonymous:.0f} MiB, mapped {memory.mapped:.0f} MiB; {torch.get_num_threads()} threads")
+    print(f"draw {image.shape[1]}x{image.shape[0]}, 2 steps with guidance: {time.perf_counter() - began:.1f} s; peak "
+          f"anonymous memory {memory.anonymous:.0f} MiB, mapped {memory.mapped:.0f} MiB; {torch.get_num_threads()} threads")
 
 
 def main():

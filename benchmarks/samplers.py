@@ -35,8 +35,8 @@ def draw_all(models, tokenizer, prompt, cfg_scale, seed):
     pictures = {}
     for name in tqdm(SAMPLERS, desc="samplers"):
         limit = 50 if name == "lcm" else LIMIT
-        pictures[name] = {steps: generate(prompt, models=models, tokenizer=tokenizer, sampler_name=name, cfg_scale=cfg_scale,
-                                          n_inference_steps=steps, seed=seed) for steps in [*STEPS, limit]}
+        settings = dict(models=models, tokenizer=tokenizer, sampler_name=name, cfg_scale=cfg_scale, seed=seed)
+        pictures[name] = {steps: generate(prompt, n_inference_steps=steps, **settings) for steps in [*STEPS, limit]}
     return pictures
 
 
@@ -81,8 +81,8 @@ def main():
     checkpoint = arguments.checkpoint or model_loader.find_checkpoint()
     models = model_loader.preload_models_from_standard_weights(checkpoint, model_loader.best_device(), "float32")
     pictures = draw_all(models, model_loader.load_tokenizer(), arguments.prompt, arguments.cfg_scale, arguments.seed)
-    text = (f"`{Path(checkpoint).name}`, “{arguments.prompt}”, guidance {arguments.cfg_scale}, seed {arguments.seed}, float32; "
-            f"distance to {LIMIT} steps of the same sampler (50 for lcm), in grey levels\n\n{table(pictures)}\n")
+    text = (f"`{Path(checkpoint).name}`, “{arguments.prompt}”, guidance {arguments.cfg_scale}, seed {arguments.seed}, "
+            f"float32; distance to {LIMIT} steps of the same sampler (50 for lcm), in grey levels\n\n{table(pictures)}\n")
     write(RESULTS / "samplers.png", lambda path: contact_sheet(pictures).save(path, format="PNG"))
     write(RESULTS / "samplers.md", lambda path: path.write_text(text))
     print(text)

@@ -144,8 +144,8 @@ def evaluate(models, tokenizer, drawings):
                      f"{background_accuracy(pictures, colours):.1%} |")
         save_sheet(f"colours-{name}.png", pictures)
 
-    lines += ["", f"Autoencoder: PSNR {psnr(judge.images, models):.2f} dB on {len(judge.images)} drawings on white.", "",
-              "| cfg_scale | concept | style |", "|---|---|---|"]
+    lines += ["", f"Autoencoder: PSNR {psnr(judge.images, models):.2f} dB on {len(judge.images)} drawings on white.",
+              "", "| cfg_scale | concept | style |", "|---|---|---|"]
     rows = sample_rows(emoji.trained_pairs(drawings), 80)
     for cfg_scale in (1.0, 2.0, 4.0, 7.5):
         concept, style = judge.recall(draw(judge.prompts(rows), models, tokenizer, cfg_scale), rows)
@@ -171,8 +171,8 @@ def main():
     checkpoint = Path(parser.parse_args().checkpoint)
     models = model_loader.preload_models_from_standard_weights(checkpoint, "cpu", "float32")
     tables = evaluate(models, model_loader.load_tokenizer(), emoji.load_drawings(n_concepts=N_CONCEPTS, styles=STYLES))
-    text = (f"# `{checkpoint.name}`, {checkpoint.stat().st_size / 1e6:.1f} MB\n\nBy `python training/evaluate.py`: dpmpp_2m, "
-            f"{STEPS} steps, cfg_scale {CFG_SCALE:g} where not said otherwise, seeds from 0.\n\n{tables}\n")
+    text = (f"# `{checkpoint.name}`, {checkpoint.stat().st_size / 1e6:.1f} MB\n\n"
+            f"By `python training/evaluate.py`: dpmpp_2m, {STEPS} steps, cfg_scale {CFG_SCALE:g} unless said otherwise, seeds from 0.\n\n{tables}\n")
     write("evaluation.md", lambda path: path.write_text(text))
     print(text)
 

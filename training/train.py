@@ -22,13 +22,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm, trange
+from tqdm import trange
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -169,7 +168,7 @@ class ClipStage:
 
 
 class VaeStage:
-    """Pictures through four numbers a patch of 8x8 pixels and back: L1 on pixels, edges and broad colours, a small KL."""
+    """Pictures through four numbers a patch of 8x8 pixels and back."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -212,7 +211,7 @@ class VaeStage:
 def wire_colours(encoder, decoder):
     """Starts the autoencoder as one that keeps the mean colour of each 8x8 patch, in three of its four latents.
 
-    From a random start, group norms hide plain colours so well that one of the three colour axes is found late or never.
+    From a random start, group norms hide plain colours so well that one of three colour axes is found late or never.
     Channels 4k to 4k + 3 of the residual stream carry colour k, its negative, and the constants 4 and -4, which make
     the group norm at the end a fixed scaling; silu(x) - silu(-x) = x then undoes the last non-linearity.
     """
@@ -297,7 +296,8 @@ class DiffusionStage:
         eps = torch.randn(latents.shape, generator=generator)
         alpha_bar = self.alphas_cumprod[timesteps][:, None, None, None]
         noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * eps
-        predicted = self.modules["diffusion"](noisy, context, get_time_embedding(timesteps, DIFFUSION_CONFIG.channels[0]))
+        time_embedding = get_time_embedding(timesteps, DIFFUSION_CONFIG.channels[0])
+        predicted = self.modules["diffusion"](noisy, context, time_embedding)
         snr = (alpha_bar / (1 - alpha_bar)).flatten()
         weight = snr.clamp(max=5) / snr
         return (weight * (predicted.float() - eps).square().mean(dim=(1, 2, 3))).mean() / weight.mean()
@@ -424,7 +424,8 @@ def save(path, state):
 def sheet(images, columns):
     """(n, h, w, 3) uint8 pictures as one, row by row."""
     n, h, w, _ = images.shape
-    return Image.fromarray(images.reshape(n // columns, columns, h, w, 3).transpose(0, 2, 1, 3, 4).reshape(-1, columns * w, 3))
+    rows = images.reshape(n // columns, columns, h, w, 3)
+    return Image.fromarray(rows.transpose(0, 2, 1, 3, 4).reshape(-1, columns * w, 3))
 
 
 # ---- the result
@@ -449,7 +450,7 @@ def folded_vae(modules, batches):
     rows = torch.arange(0, len(batches.drawings.rgba), 3)
     images = batches.images(rows, torch.where(rows % 2 == 0, 0, rows % len(batches.colours)))
     with torch.no_grad():
-        latents = torch.cat([encoder(part, torch.zeros(len(part), 4, 16, 16)) for part in images.split(16)]) / LATENT_SCALE
+        latents = torch.cat([encoder.moments(part)[0] for part in images.split(16)])
         mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)) * LATENT_SCALE
         conv = encoder.quant_conv  # mean' = (mean - shift) / scale; the noise shrinks with it
         conv.weight[:4] /= std[:, None, None, None]
