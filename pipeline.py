@@ -34,6 +34,7 @@ if __name__ == "__main__":
     arguments = parse_arguments()  # before the imports below, which take seconds: --help and mistakes answer at once
 
 import math
+import numbers
 import os
 import secrets
 import warnings
@@ -101,7 +102,7 @@ def generate(prompt, uncond_prompt="", input_image=None, strength=0.8, do_cfg=Tr
     if diffusion.config.in_channels != 4:
         raise ValueError(f"this checkpoint's UNet takes {diffusion.config.in_channels} channels (an inpainting model "
                          f"takes 9); generate() needs one that takes 4")
-    device = torch.device(device) if device else next(diffusion.parameters()).device
+    device = model_loader.check_device(device) if device else next(diffusion.parameters()).device
     dtype = next(diffusion.parameters()).dtype
     height, width = height or diffusion.config.sample_size, width or diffusion.config.sample_size
 
@@ -118,11 +119,11 @@ def generate(prompt, uncond_prompt="", input_image=None, strength=0.8, do_cfg=Tr
 
     # One generator a picture, always on the CPU: a seed means the same picture on every device and in every batch.
     seed = secrets.randbelow(2**32) if seed is None else seed
-    generators = [torch.Generator().manual_seed(seed + k) for k in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(int(seed) + k) for k in range(len(prompts))]
     if sampler is None:
         sampler = SAMPLERS[sampler_name](generators)
     sampler.generator = generators
-    sampler.set_inference_timesteps(n_inference_steps)
+    sampler.set_inference_timesteps(int(n_inference_steps))
 
     latents_shape = (len(prompts), 4, height // 8, width // 8)
     latents = draw_noise(generators, latents_shape).to(device)
@@ -262,17 +263,21 @@ def check_arguments(prompts, uncond_prompts, strength, cfg_scale, sampler_name, 
     require(is_number(cfg_scale) and math.isfinite(cfg_scale),
             f"cfg_scale is {cfg_scale!r}; give a finite number, such as 7.5")
     require(sampler_name in SAMPLERS, f"sampler_name is {sampler_name!r}; known are {', '.join(SAMPLERS)}")
-    require(isinstance(n_inference_steps, int) and 1 <= n_inference_steps <= 1000,
+    require(is_whole(n_inference_steps) and 1 <= n_inference_steps <= 1000,
             f"n_inference_steps is {n_inference_steps!r}; give a whole number from 1 to 1000")
-    require(seed is None or isinstance(seed, int) and 0 <= seed < 2**63,
+    require(seed is None or is_whole(seed) and 0 <= seed < 2**63,
             f"seed is {seed!r}; give a whole number from 0 to 2**63 - 1")
     for name, size in [("height", height), ("width", width)]:
-        require(size is None or isinstance(size, int) and size > 0 and size % 8 == 0,
+        require(size is None or is_whole(size) and size > 0 and size % 8 == 0,
                 f"{name} is {size!r}; give a positive multiple of 8")
 
 
 def is_number(value):
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def is_whole(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def save_picture(image, path, parameters, overwrite=False):

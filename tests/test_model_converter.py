@@ -50,12 +50,12 @@ def tiny(monkeypatch):
     monkeypatch.setattr(model_converter, "infer_configs", lambda weights, metadata: infer(weights, oracle.METADATA))
 
 
-def assert_same(loaded, weights, atol=0.0):
+def assert_same(loaded, weights):
     """The loaded state dicts hold these weights by standard name, and nothing else."""
     ours = to_standard_weights(loaded)
     assert ours.keys() == weights.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name].float(), weights[name].float().reshape(ours[name].shape), atol=atol, rtol=0)
+        assert torch.equal(ours[name].float(), weights[name].float().reshape(ours[name].shape)), name
 
 
 # ---- names and sizes
@@ -152,8 +152,8 @@ def test_attention_as_linear_layers_or_as_convolutions(written, tiny, weights):
 def test_a_fine_tune_in_half_precision_with_keys_of_its_own(written, tiny, weights):
     half = {name: weight.half() for name, weight in weights.items()}
     extra = {"sd_merge_recipe": {"type": "webui"}, "ztsnr": torch.ones(1), "edm_vpred.sigma_max": torch.tensor(20.0),
-             "cond_stage_model.transformer.text_projection.weight": torch.zeros(2, 2), "v_pred": torch.empty(0), 7: "seven",
-             "denoiser.sigmas": torch.zeros(1000, dtype=torch.float64), "sd_merge_models": "..."}
+             "cond_stage_model.transformer.text_projection.weight": torch.zeros(2, 2), "v_pred": torch.empty(0),
+             7: "seven", "denoiser.sigmas": torch.zeros(1000, dtype=torch.float64), "sd_merge_models": "..."}
     assert_same(load_from_standard_weights(written({**extra, **half})), half)
 
 
@@ -205,9 +205,11 @@ def test_a_checkpoint_with_lightning_classes_loads(written, tiny, weights, monke
         setattr(module, kind.__name__, kind)
     checkpoint = {
         "state_dict": collections.OrderedDict(weights), "pytorch-lightning_version": "1.4.2",
-        "callbacks": {ModelCheckpoint: {"monitor": "val/loss", "best_model_score": torch.tensor(0.1)}, "it": ModelCheckpoint()},
+        "callbacks": {ModelCheckpoint: {"monitor": "val/loss", "best_model_score": torch.tensor(0.1)},
+                      "it": ModelCheckpoint()},
         "config": ListConfig(),
-        "hyper_parameters": AttributeDict(lr=1e-4, size=torch.Size([3]), dtype=torch.float16, device=torch.device("cpu")),
+        "hyper_parameters": AttributeDict(lr=1e-4, size=torch.Size([3]), dtype=torch.float16,
+                                          device=torch.device("cpu")),
         "loops": collections.defaultdict(list, a=[1]), "seen": {1, 2}, "frozen": frozenset([3]), "z": 1 + 2j,
         "score": np.float64(0.5), "kind": np.dtype("float32"), "array": np.arange(3), "bytes": b"abc",
         "arguments": argparse.Namespace(a=1), "slice": slice(1, 2), "parameter": torch.nn.Parameter(torch.zeros(2)),
@@ -340,8 +342,8 @@ def test_a_pickle_cannot_set_attributes_of_what_it_is_given(tmp_path):
 def test_a_legacy_file_cannot_make_torch_write_a_patch(tmp_path):
     """torch.load writes NAME.patch if a class asks for it by `dump_patches` and its source differs from the file's."""
     name = str(tmp_path / "written")
-    opcodes = (b"\x80\x02" + REBUILD + b"(}" + text("dump_patches") + b"\x88s}" + text("__name__") + text(name) + b"stb0("
-               + text("module") + REBUILD + text("source.py") + text("some other source") + b"tQ.")
+    opcodes = (b"\x80\x02" + REBUILD + b"(}" + text("dump_patches") + b"\x88s}" + text("__name__") + text(name) + b"stb"
+               + b"0(" + text("module") + REBUILD + text("source.py") + text("some other source") + b"tQ.")
     header = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {"little_endian": True}]
     path = tmp_path / "model.ckpt"
     path.write_bytes(b"".join(pickle.dumps(x, 2) for x in header) + opcodes + pickle.dumps([], 2))
@@ -358,7 +360,8 @@ def test_a_tar_archive_is_not_unpacked(tmp_path):
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as file:
         file.addfile(tarfile.TarInfo("\x80first"))  # begins as a pickle does
         link = tarfile.TarInfo("storages")
-        link.type, link.linkname, link.mode, link.uid, link.gid = tarfile.LNKTYPE, str(victim), 0o666, os.getuid(), os.getgid()
+        link.type, link.linkname, link.mode = tarfile.LNKTYPE, str(victim), 0o666
+        link.uid, link.gid = os.getuid(), os.getgid()
         file.addfile(link)
     with pytest.raises(CheckpointError, match="model.ckpt: found a tar archive"):
         load_from_standard_weights(path)
@@ -368,13 +371,15 @@ def test_a_tar_archive_is_not_unpacked(tmp_path):
 def test_a_tensor_that_fakes_its_size(written, weights):
     key = f"{UNET}time_embed.0.weight"
     path = written({**weights, key: torch.zeros(1).expand(10**9, 10**9)})
-    with pytest.raises(CheckpointError, match=f"{key}' has shape .1000000000, 1000000000., of which the file holds but a part"):
+    with pytest.raises(CheckpointError, match=f"{key}' has shape .1000000000, 1000000000., of which the file holds"):
         load_from_standard_weights(path)
 
 
 @pytest.mark.parametrize("module, name", [
-    ("torch", "_inductor"), ("lib2to3_", "main"), ("torch.hub", "load"), ("torch", "load"), ("torch.serialization", "load"), ("torch", "compile"),
-    ("torch", "serialization.os.system"), ("torch", "float32.__class__"), ("numpy", "load"), ("torch._utils", "os.system"),
+    ("torch", "_inductor"), ("lib2to3_", "main"), ("torch.hub", "load"), ("torch", "load"),
+    ("torch.serialization", "load"), ("torch", "compile"),
+    ("torch", "serialization.os.system"), ("torch", "float32.__class__"), ("numpy", "load"),
+    ("torch._utils", "os.system"),
     ("collections", "namedtuple"), ("pip", "main"), ("torch.jit", "load"), ("evil", "FloatStorage"),
 ])
 def test_no_other_name_is_looked_up(module, name):
@@ -420,7 +425,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 4265380
     (LFS.encode(), "a Git LFS pointer"),
     (struct.pack("<Q", 1 << 62) + b"{}", "a broken or truncated safetensors file"),
     (struct.pack("<Q", 2) + b"{}", "no weights"),
-    (struct.pack("<Q", 56) + b'{"a\\nb":{"dtype":"F32","shape":[2],"data_offsets":[0,1]}}', "a broken or truncated safetensors"),
+    (struct.pack("<Q", 57) + b'{"a\\nb":{"dtype":"F32","shape":[2],"data_offsets":[1,9]}}', "invalid offset"),
     (b"PK\x03\x04" + b"\0" * 100, "a broken or truncated PyTorch file"),
     (b"\x80\x02garbage", "a broken or truncated PyTorch file"),
 ])
@@ -461,7 +466,8 @@ def test_other_models(tmp_path, name, message):
 
 
 def spoiled(weights, key, value):
-    return {**{name: weight for name, weight in weights.items() if name != key}, **({} if value is None else {key: value})}
+    rest = {name: weight for name, weight in weights.items() if name != key}
+    return rest if value is None else {**rest, key: value}
 
 
 @pytest.mark.parametrize("key, value, message", [
@@ -514,7 +520,8 @@ def test_an_object_in_place_of_a_tensor_names_the_key(written, tiny, weights):
         load_from_standard_weights(written(spoiled(weights, key, argparse.Namespace(a=1))))
 
 
-@pytest.mark.parametrize("content, message", [([1, 2], "a pickled list"), ({"state_dict": [1]}, "a list as 'state_dict'")])
+@pytest.mark.parametrize("content, message", [([1, 2], "a pickled list"),
+                                              ({"state_dict": [1]}, "a list as 'state_dict'")])
 def test_pickles_of_other_things(written, content, message):
     with pytest.raises(CheckpointError, match=message):
         load_from_standard_weights(written(content))

@@ -14,6 +14,7 @@ import oracle
 import pipeline
 from model_loader import load_tokenizer
 from pipeline import generate, get_time_embedding
+from samplers import SAMPLERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,6 +113,20 @@ def test_the_same_seed_draws_the_same_picture(draw):
     assert np.array_equal(draw(seed=3), draw(seed=3))
     assert not np.array_equal(draw(seed=3), draw(seed=4))
     assert not np.array_equal(draw(seed=None), draw(seed=None))
+
+
+def test_numpy_numbers_are_numbers(draw):
+    given = dict(seed=np.int64(7), n_inference_steps=np.int32(2), height=np.int64(64), strength=np.float32(0.5))
+    assert np.array_equal(draw(**given), draw())
+
+
+def test_a_configured_sampler_is_used(draw):
+    sampler = SAMPLERS["ddim"](None, eta=1.0, timestep_spacing="trailing")
+    seen = []
+    image = draw(sampler=sampler, n_inference_steps=4, callback=lambda step, timestep, latents: seen.append(timestep))
+    assert seen == [999, 749, 499, 249]
+    assert np.array_equal(image, draw(sampler=sampler, n_inference_steps=4))
+    assert not np.array_equal(image, draw(sampler=sampler, n_inference_steps=4, seed=8))
 
 
 # ---- input images
@@ -224,6 +239,8 @@ class Spy:
     (dict(n_inference_steps=1001), r"n_inference_steps is 1001"),
     (dict(n_inference_steps=2.5), r"n_inference_steps is 2.5"),
     (dict(seed=-1), r"seed is -1"),
+    (dict(n_inference_steps=True), r"n_inference_steps is True"),
+    (dict(device="abacus"), r"device is 'abacus'; give cpu, cuda or mps"),
     (dict(height=65), r"height is 65; .*multiple of 8"),
     (dict(width=0), r"width is 0"),
     (dict(input_image=np.zeros((3, 8, 9), np.uint8)), r"shape \(3, 8, 9\); allowed"),
@@ -321,6 +338,5 @@ def test_help_imports_nothing_heavy():
 
 
 def test_help_names_every_sampler():
-    from samplers import SAMPLERS
     help_text = run("--help").stdout.replace("\n", " ")
     assert all(name in help_text for name in SAMPLERS) and set(pipeline.WEB_UI_NAMES) == set(SAMPLERS)
