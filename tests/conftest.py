@@ -14,6 +14,7 @@ from model_converter import read_networks
 @pytest.fixture(autouse=True, scope="session")
 def no_gradients():
     torch.set_grad_enabled(False)
+    torch.set_num_threads(1)  # the networks here are so small that threads would wait for each other
 
 
 @pytest.fixture(scope="session")

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -45,6 +47,17 @@ def test_no_weight_is_drawn_at_random(checkpoint):
     before = torch.random.get_rng_state()
     preload_models_from_standard_weights(checkpoint, "cpu")
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_parameters_lie_in_the_mapped_file(checkpoint):
+    models = preload_models_from_standard_weights(checkpoint, "cpu", "float32")
+    lines = [line.split() for line in open("/proc/self/maps") if str(checkpoint) in line]
+    spans = [[int(x, 16) for x in line[0].split("-")] for line in lines]
+    for model in models.values():
+        copied = {name for name, weight in model.named_parameters()
+                  if not any(low <= weight.data_ptr() < high for low, high in spans)}
+        assert copied == {name for name, _ in model.named_parameters() if "in_proj" in name}
 
 
 def test_find_checkpoint_prefers_ema_then_pruned_then_embedded(tmp_path):
