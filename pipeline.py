@@ -97,6 +97,10 @@ def generate(prompt, uncond_prompt="", input_image=None, strength=0.8, do_cfg=Tr
         models = model_loader.default_models(device)
     if tokenizer is None:
         tokenizer = model_loader.default_tokenizer()
+    for name in ["clip", "diffusion", "decoder"] + ["encoder"] * (image is not None):
+        if name not in models:
+            raise ValueError(f"models has no {name!r}, but {list(models)}; give what "
+                             f"model_loader.preload_models_from_standard_weights returns")
     clip, diffusion = models["clip"], models["diffusion"]
     model_loader.check_tokenizer(tokenizer, clip.config.n_vocab)
     if diffusion.config.in_channels != 4:
@@ -285,7 +289,7 @@ def save_picture(image, path, parameters, overwrite=False):
     if os.path.exists(path) and not overwrite:
         raise FileExistsError(f"{path}: exists already; name another file, or allow overwriting")
     info = PngImagePlugin.PngInfo()
-    info.add_itxt("parameters", parameters)
+    info.add_text("parameters", parameters)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
@@ -354,4 +358,4 @@ if __name__ == "__main__":
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; nothing was written")
+        sys.exit("stopped")

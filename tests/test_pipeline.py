@@ -254,6 +254,30 @@ def test_bad_arguments_get_one_line(draw, settings, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["clip", "encoder", "diffusion", "decoder"])
+def test_a_missing_model_is_named(models, tokenizer, name):
+    some = {key: model for key, model in models.items() if key != name}
+    with pytest.raises(ValueError, match=f"models has no '{name}'.*preload_models_from_standard_weights"):
+        generate("a cat", models=some, tokenizer=tokenizer, input_image=picture())
+
+
+def test_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    image = np.zeros((8, 8, 3), np.uint8)
+    pipeline.save_picture(image, tmp_path / "a.png", "a prompt: café, 猫")
+    assert Image.open(tmp_path / "a.png").text["parameters"] == "a prompt: café, 猫"
+    before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(FileExistsError, match="a.png: exists already"):
+        pipeline.save_picture(image + 1, tmp_path / "a.png", "")
+
+    def fail(*paths):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(pipeline.os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        pipeline.save_picture(image + 1, tmp_path / "a.png", "", overwrite=True)
+    assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
 def test_bad_image_files(draw, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.png: no such image"):
         draw(input_image="nowhere.png")
