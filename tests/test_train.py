@@ -118,7 +118,7 @@ def test_folding_gives_latents_unit_scale_and_changes_no_picture(batches):
     assert ((means.std(dim=(0, 2, 3)) - 1).abs() < 1e-3).all()
 
 
-def test_export_is_read_by_this_library_and_by_diffusers_alike(batches, tmp_path):
+def test_export_is_read_by_this_library_and_by_diffusers_alike(batches, tmp_path, monkeypatch):
     train_all(batches)
     path = tmp_path / "emoji.safetensors"
     train.export(batches, path)
@@ -136,5 +136,14 @@ def test_export_is_read_by_this_library_and_by_diffusers_alike(batches, tmp_path
         tokens = torch.randint(0, 49408, (1, 77), generator=generator)
         expected = oracle.clip_oracle(weights, train.CLIP_CONFIG)(tokens).last_hidden_state
         torch.testing.assert_close(models["clip"](tokens), expected, atol=1e-5, rtol=0)
+    monkeypatch.setattr(train, "RUNS", tmp_path / "restored")
+    train.restore(batches, path)
+    for name, part in [("clip", "text"), ("vae", "encoder"), ("vae", "decoder"), ("diffusion", "diffusion")]:
+        restored = train.load_stage(name, batches)[part].state_dict()
+        exported = models["clip" if part == "text" else part].state_dict()
+        assert all(torch.equal(restored[key], exported[key]) for key in exported)
+    train.train("diffusion", oracle.replace(SETTINGS, steps=train.SETTINGS["diffusion"].steps + 1), batches, train.RUNS)
+    with pytest.raises(ValueError, match="has runs already"):
+        train.restore(batches, path)
     image = generate("a red square", models=models, tokenizer=batches.tokenizer, n_inference_steps=1, seed=0)
     assert image.shape == (128, 128, 3) and image.dtype == np.uint8

@@ -138,7 +138,7 @@ def evaluate(models, tokenizer, drawings):
 
     lines += ["", "| | background |", "|---|---|"]
     for name, is_held_out in [("trained", False), ("held-out", True)]:
-        rows, colours = colour_pairs(drawings, is_held_out, 100)
+        rows, colours = colour_pairs(drawings, is_held_out, 60)
         pictures = draw(judge.prompts(rows, colours), models, tokenizer)
         lines.append(f"| colour accuracy, {len(rows)} {name} (concept, colour) pairs | "
                      f"{background_accuracy(pictures, colours):.1%} |")
@@ -146,13 +146,13 @@ def evaluate(models, tokenizer, drawings):
 
     lines += ["", f"Autoencoder: PSNR {psnr(judge.images, models):.2f} dB on {len(judge.images)} drawings on white.",
               "", "| cfg_scale | concept | style |", "|---|---|---|"]
-    rows = sample_rows(emoji.trained_pairs(drawings), 80)
+    rows = sample_rows(emoji.trained_pairs(drawings), 40)
     for cfg_scale in (1.0, 2.0, 4.0, 7.5):
         concept, style = judge.recall(draw(judge.prompts(rows), models, tokenizer, cfg_scale), rows)
         lines.append(f"| {cfg_scale:g} | {concept:.1%} | {style:.1%} |")
 
     lines += ["", "| strength | RMS distance to the input, grey levels | recall of the new prompt |", "|---|---|---|"]
-    start, rows = rows[0], rows[1:41]
+    start, rows = rows[0], rows[1:21]
     input_image = ((judge.images[start] + 1) * 127.5).permute(1, 2, 0).round().byte().numpy()
     strips = []
     for strength in (0.2, 0.4, 0.6, 0.8, 1.0):

@@ -5,6 +5,7 @@
     python training/train.py vae          # the autoencoder
     python training/train.py diffusion    # the UNet, on the latents of the one and the contexts of the other
     python training/train.py export       # data/emoji.safetensors, in the layout of SD 1.x
+    python training/train.py restore      # the other way: training/runs/ from data/emoji.safetensors, to train on
 
 Everything a stage needs to go on lies in training/runs/STAGE.pt, written now and then: kill it at any moment and run
 the same command again. More --steps than last time train on. Batches depend on the step's number alone, so a run that
@@ -38,7 +39,7 @@ from decoder import DecoderConfig, VAE_Decoder
 from diffusion import Diffusion, DiffusionConfig
 from encoder import LATENT_SCALE, EncoderConfig, VAE_Encoder
 from model_converter import to_standard_weights
-from model_loader import load_tokenizer
+from model_loader import load_tokenizer, preload_models_from_standard_weights
 from pipeline import generate, get_time_embedding, to_uint8, tokenize
 from training import emoji
 
@@ -338,7 +339,7 @@ def train(name, settings, batches, runs):
     stage.modules.train()
     weights = dict(stage.modules.named_parameters())
     ema = {key: weight.detach().clone() for key, weight in weights.items()}
-    optimizer = torch.optim.AdamW(weights.values(), betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True)
+    optimizer = make_optimizer(stage.modules, settings)
     runs.mkdir(parents=True, exist_ok=True)
     path, start = runs / f"{name}.pt", 0
     if path.exists():
@@ -374,6 +375,10 @@ def train(name, settings, batches, runs):
             report(stage, ema, f"{name} {step + 1}", runs / f"{name}-{step + 1:06}.png", progress)
     stage.modules.load_state_dict(ema, strict=False)
     return stage.modules.eval()
+
+
+def make_optimizer(modules, settings):
+    return torch.optim.AdamW(modules.parameters(), betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True)
 
 
 def learning_rate(step, settings):
@@ -485,14 +490,33 @@ def export(batches, path=MODEL):
     print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB")
 
 
+def restore(batches, path=MODEL):
+    """Writes training/runs/ from an exported model, as if each stage had just ended; the optimizers start afresh.
+
+    What is not exported, the image tower, starts at random.
+    """
+    RUNS.mkdir(parents=True, exist_ok=True)
+    if kept := [name for name in STAGES if (RUNS / f"{name}.pt").exists()]:
+        raise ValueError(f"{RUNS} has runs already ({', '.join(kept)}); move them away first")
+    models = preload_models_from_standard_weights(path, "cpu", "float32")
+    models["text"] = models.pop("clip")
+    for name, stage in STAGES.items():
+        modules = stage(batches).modules
+        for part in modules.keys() & models.keys():
+            modules[part].load_state_dict(models[part].state_dict())
+        save(RUNS / f"{name}.pt", {"step": SETTINGS[name].steps, "weights": modules.state_dict(),
+                                   "ema": {key: weight.detach() for key, weight in modules.named_parameters()},
+                                   "optimizer": make_optimizer(modules, SETTINGS[name]).state_dict()})
+
+
 def main():
     parser = argparse.ArgumentParser(description="Trains the embedded model; see the top of this file.")
-    parser.add_argument("stage", choices=[*STAGES, "export"])
+    parser.add_argument("stage", choices=[*STAGES, "export", "restore"])
     parser.add_argument("--steps", type=int, help="train up to this step in all (default: the stage's own number)")
     arguments = parser.parse_args()
     batches = Batches(emoji.load_drawings(n_concepts=N_CONCEPTS, styles=STYLES))
-    if arguments.stage == "export":
-        return export(batches)
+    if arguments.stage in ("export", "restore"):
+        return {"export": export, "restore": restore}[arguments.stage](batches)
     settings = SETTINGS[arguments.stage]
     if arguments.steps:
         settings = Settings(**{**vars(settings), "steps": arguments.steps})
