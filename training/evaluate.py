@@ -172,7 +172,8 @@ def main():
     models = model_loader.preload_models_from_standard_weights(checkpoint, "cpu", "float32")
     tables = evaluate(models, model_loader.load_tokenizer(), emoji.load_drawings(n_concepts=N_CONCEPTS, styles=STYLES))
     text = (f"# `{checkpoint.name}`, {checkpoint.stat().st_size / 1e6:.1f} MB\n\n"
-            f"By `python training/evaluate.py`: dpmpp_2m, {STEPS} steps, cfg_scale {CFG_SCALE:g} unless said otherwise, seeds from 0.\n\n{tables}\n")
+            f"By `python training/evaluate.py`: dpmpp_2m, {STEPS} steps, seeds from 0, cfg_scale {CFG_SCALE:g} where none\n"
+            f"is named.\n\n{tables}\n")
     write("evaluation.md", lambda path: path.write_text(text))
     print(text)
 
