@@ -8,7 +8,8 @@ Writes training/results/evaluation.md and sheets of pictures beside it. What is 
   the prompt's. On trained (concept, style) pairs and on pairs that no training step saw.
 - Background: the mean of the outermost ring of pixels is nearest to the named colour, among all colours.
 - The autoencoder's PSNR on the drawings.
-- Guidance: recall by cfg_scale. Image to image: by strength, distance to the input and recall of the new prompt.
+- Guidance: recall by cfg_scale. Image to image: by strength, distance to the input and recall of the new prompt
+  (the sheet has a row for each strength).
 """
 
 import argparse
@@ -120,9 +121,10 @@ def write(name, save):
     os.replace(RESULTS / f".{name}", RESULTS / name)
 
 
-def save_sheet(name, pictures, columns=16):
-    pictures = pictures[: len(pictures) // columns * columns]
-    write(name, lambda path: sheet(pictures, columns).save(path, format="PNG", optimize=True))
+def save_sheet(name, pictures, columns=12):
+    """Whole rows of pictures, at most 60 of them."""
+    pictures = pictures[: min(60, len(pictures) // columns * columns)]
+    write(name, lambda path: sheet(pictures, columns).save(path, format="JPEG", quality=90))
 
 
 def evaluate(models, tokenizer, drawings):
@@ -134,7 +136,7 @@ def evaluate(models, tokenizer, drawings):
         pictures = draw(judge.prompts(rows), models, tokenizer)
         concept, style = judge.recall(pictures, rows)
         lines.append(f"| recall@1, {len(rows)} {name} pairs | {concept:.1%} | {style:.1%} |")
-        save_sheet(f"{name}.png", pictures)
+        save_sheet(f"{name}.jpg", pictures)
 
     lines += ["", "| | background |", "|---|---|"]
     for name, is_held_out in [("trained", False), ("held-out", True)]:
@@ -142,7 +144,7 @@ def evaluate(models, tokenizer, drawings):
         pictures = draw(judge.prompts(rows, colours), models, tokenizer)
         lines.append(f"| colour accuracy, {len(rows)} {name} (concept, colour) pairs | "
                      f"{background_accuracy(pictures, colours):.1%} |")
-        save_sheet(f"colours-{name}.png", pictures)
+        save_sheet(f"colours-{name}.jpg", pictures)
 
     lines += ["", f"Autoencoder: PSNR {psnr(judge.images, models):.2f} dB on {len(judge.images)} drawings on white.",
               "", "| cfg_scale | concept | style |", "|---|---|---|"]
@@ -159,8 +161,8 @@ def evaluate(models, tokenizer, drawings):
         pictures = draw(judge.prompts(rows), models, tokenizer, input_image=input_image, strength=strength)
         distance = np.sqrt(np.mean((pictures.astype(float) - input_image) ** 2))
         lines.append(f"| {strength} | {distance:.1f} | {judge.recall(pictures, rows)[0]:.1%} |")
-        strips.append(pictures[:16])
-    save_sheet("image-to-image.png", np.concatenate(strips))
+        strips.append(pictures[:12])
+    save_sheet("image-to-image.jpg", np.concatenate(strips))
     return "\n".join(lines)
 
 
@@ -172,8 +174,8 @@ def main():
     models = model_loader.preload_models_from_standard_weights(checkpoint, "cpu", "float32")
     tables = evaluate(models, model_loader.load_tokenizer(), emoji.load_drawings(n_concepts=N_CONCEPTS, styles=STYLES))
     text = (f"# `{checkpoint.name}`, {checkpoint.stat().st_size / 1e6:.1f} MB\n\n"
-            f"By `python training/evaluate.py`: dpmpp_2m, {STEPS} steps, seeds from 0, cfg_scale {CFG_SCALE:g} where none\n"
-            f"is named.\n\n{tables}\n")
+            f"By `python training/evaluate.py`: dpmpp_2m, {STEPS} steps, seeds from 0, cfg_scale {CFG_SCALE:g} where\n"
+            f"none is named.\n\n{tables}\n")
     write("evaluation.md", lambda path: path.write_text(text))
     print(text)
 
