@@ -83,9 +83,9 @@ def find_checkpoint(folder=ROOT / "data"):
 
 
 @functools.cache
-def default_models(device=None):
+def default_models(device):
     """Returns the networks of the best checkpoint in data/, loaded once a process and device."""
-    return preload_models_from_standard_weights(find_checkpoint(), device or best_device())
+    return preload_models_from_standard_weights(find_checkpoint(), device)
 
 
 @functools.cache

@@ -94,7 +94,7 @@ def generate(prompt, uncond_prompt="", input_image=None, strength=0.8, do_cfg=Tr
     image = None if input_image is None else open_image(input_image)
 
     if models is None:
-        models = model_loader.default_models(device)
+        models = model_loader.default_models(str(device or model_loader.best_device()))
     if tokenizer is None:
         tokenizer = model_loader.default_tokenizer()
     for name in ["clip", "diffusion", "decoder"] + ["encoder"] * (image is not None):
@@ -148,8 +148,8 @@ def generate(prompt, uncond_prompt="", input_image=None, strength=0.8, do_cfg=Tr
             model_output = diffusion(model_input, context, time_embedding).float()
         latents = sampler.step(timestep, latents, model_output)
         are_finite.append(latents.isfinite().all())
-        if device.type == "cpu":  # elsewhere, looking would make the processor wait for the device at each step
-            check_finite(are_finite, dtype)
+        if device.type == "cpu" and not are_finite[-1]:  # elsewhere, looking would wait for the device at each step
+            break
         if callback:
             callback(step, timestep, latents)
     check_finite(are_finite, dtype)

@@ -20,7 +20,7 @@ import os
 import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -408,6 +408,7 @@ class Log:
         self.file = open(path, "w", newline="")
         self.writer = csv.writer(self.file)
         self.writer.writerows([["step", "loss", "samples_per_second"], *rows])
+        self.flush()  # or a kill before the next checkpoint would lose them
 
     def write(self, step, loss, samples):
         self.writer.writerow([step, f"{loss:.5f}", f"{samples:.1f}"])
@@ -519,7 +520,7 @@ def main():
         return {"export": export, "restore": restore}[arguments.stage](batches)
     settings = SETTINGS[arguments.stage]
     if arguments.steps:
-        settings = Settings(**{**vars(settings), "steps": arguments.steps})
+        settings = replace(settings, steps=arguments.steps)
     train(arguments.stage, settings, batches, RUNS)
 
 
