@@ -5,6 +5,7 @@ The KL autoencoder of Latent Diffusion Models (arXiv 2112.10752, section 3.1; ld
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -68,7 +69,51 @@ class VAE_Decoder(nn.Module):
         Returns:
             (batch, 3, h, w), about [-1, 1] (not clamped).
         """
-        x = self.mid(self.conv_in(self.post_quant_conv(latents / LATENT_SCALE)))
+        return self.enlarge(self.look_around(latents))
+
+    def look_around(self, latents):
+        """The part that sees the whole picture: (batch, 4, h / 8, w / 8) -> (batch, channels, h / 8, w / 8)"""
+        return self.mid(self.conv_in(self.post_quant_conv(latents / LATENT_SCALE)))
+
+    def enlarge(self, x):
+        """The rest, in which a pixel depends on those near it: (batch, channels, h / 8, w / 8) -> (batch, 3, h, w)"""
         for level in reversed(self.up):
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+    def decode_tiled(self, latents, tile_size):
+        """Decodes latents in overlapping square tiles, in the memory that one tile takes.
+
+        Only the enlarging part is tiled, which takes nearly all of the memory. Tiles overlap by a quarter and are blended.
+        The group norms see one tile at a time, so that the picture is not quite that of `forward`:
+        benchmarks/results/memory.md says by how much.
+
+        Args:
+            latents: (batch, 4, h / 8, w / 8) of unit scale.
+            tile_size: side of a tile in pixels, a multiple of 32.
+
+        Returns:
+            (batch, 3, h, w) float32, about [-1, 1].
+        """
+        size = tile_size // 8
+        x = self.look_around(latents)
+        height, width = x.shape[2:]
+        if height <= size and width <= size:
+            return self.enlarge(x).float()
+        images = torch.zeros(len(x), self.config.out_channels, 8 * height, 8 * width, device=x.device)
+        weights = torch.zeros(8 * height, 8 * width, device=x.device)
+        for top in tile_starts(height, size):
+            for left in tile_starts(width, size):
+                tile = self.enlarge(x[:, :, top : top + size, left : left + size]).float()
+                rows, columns = (torch.arange(n, device=x.device) + 0.5 for n in tile.shape[2:])
+                weight = torch.outer(*(torch.minimum(n, n.flip(0)).clamp(max=tile_size / 4) for n in (rows, columns)))
+                place = slice(8 * top, 8 * top + len(rows)), slice(8 * left, 8 * left + len(columns))
+                images[:, :, *place] += weight * tile
+                weights[place] += weight
+        return images.div_(weights)
+
+
+def tile_starts(length, size):
+    """Where tiles begin that overlap by at least a quarter: the last one ends at the end."""
+    last = max(length - size, 0)
+    return [*range(0, last, size * 3 // 4), last]

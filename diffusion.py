@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from attention import CrossAttention, SelfAttention
 
+N_OUTER = 2  # blocks at either end that a step with cached deep layers computes
+
 
 @dataclass(frozen=True)
 class DiffusionConfig:
@@ -58,6 +60,14 @@ class ResidualBlock(nn.Module):
         return self.skip(x) + hidden
 
 
+class GEGLU(nn.Linear):
+    """Half of a linear layer gates the other half (arXiv 2002.05202): (..., channels) -> (..., out_features / 2)"""
+
+    def forward(self, x):
+        hidden, gate = super().forward(x).chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
+
+
 class AttentionBlock(nn.Module):
     """The pixels look at each other, then at the text, then think: (batch, channels, h, w) -> the same shape"""
 
@@ -70,16 +80,16 @@ class AttentionBlock(nn.Module):
         self.layer_norm_2 = nn.LayerNorm(channels)
         self.attention_2 = CrossAttention(n_heads, channels, d_context)
         self.layer_norm_3 = nn.LayerNorm(channels)
-        self.linear_geglu = nn.Linear(channels, 2 * 4 * channels)
+        self.linear_geglu = GEGLU(channels, 2 * 4 * channels)
         self.linear_out = nn.Linear(4 * channels, channels)
         self.proj_out = nn.Linear(channels, channels)
 
     def forward(self, x, context):
         tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (batch, h * w, channels)
         tokens = tokens + self.attention_1(self.layer_norm_1(tokens))
+        x, tokens = repeat_rows(x, len(context)), repeat_rows(tokens, len(context))
         tokens = tokens + self.attention_2(self.layer_norm_2(tokens), context)
-        hidden, gate = self.linear_geglu(self.layer_norm_3(tokens)).chunk(2, dim=-1)
-        tokens = tokens + self.linear_out(hidden * F.gelu(gate))  # GEGLU (arXiv 2002.05202)
+        tokens = tokens + self.linear_out(self.linear_geglu(self.layer_norm_3(tokens)))
         return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
@@ -104,6 +114,11 @@ class Upsample(nn.Module):
 
     def forward(self, x, size):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def repeat_rows(x, batch):
+    """(batch or a part of it, ...) -> (batch, ...), the rows in turn as often as it takes"""
+    return x if len(x) == batch else x.repeat(batch // len(x), *[1] * (x.ndim - 1))
 
 
 class SwitchSequential(nn.Sequential):
@@ -172,24 +187,37 @@ class Diffusion(nn.Module):
         self.norm_out = nn.GroupNorm(config.n_groups, width)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
-    def forward(self, latents, context, time_embedding):
+    def forward(self, latents, context, time_embedding, cache=None):
         """Predicts the noise.
 
         Args:
             latents: (batch, 4, h / 8, w / 8) of unit scale, noisy; odd sizes are fine.
-            context: (batch, tokens, d_context), from the text encoder.
-            time_embedding: (1 or batch, channels[0]), from `pipeline.get_time_embedding`.
+            context: (batch, tokens, d_context), from the text encoder; or a multiple of the rows, such as 2 * batch for
+                guidance: then the latents are repeated, but only where the first block looks at the context.
+            time_embedding: (1 or batch, channels[0]), from `pipeline.get_time_embedding`; 1 if latents are repeated.
+            cache: None, or a list. An empty one receives what the deep layers found; one that is filled stands for
+                them, so that only the outermost are computed (DeepCache, arXiv 2312.00858, section 3.2).
 
         Returns:
-            The predicted noise, in the shape of the latents.
+            The predicted noise (rows of context, 4, h / 8, w / 8).
         """
         time = self.time_embedding(time_embedding)  # (1 or batch, 4 * width)
         x, skips = latents, []
-        for block in self.encoders:
+        for block in self.encoders[:N_OUTER] if cache else self.encoders:
             x = block(x, context, time)
             skips.append(x)
-        x = self.bottleneck(x, context, time)
-        for block in self.decoders:
-            x = torch.cat([x, skips.pop()], dim=1)
-            x = block(x, context, time, size=skips[-1].shape[2:] if skips else None)
+
+        def decode(x, blocks):
+            for block in blocks:
+                x = torch.cat([x, repeat_rows(skips.pop(), len(x))], dim=1)
+                x = block(x, context, time, size=skips[-1].shape[2:] if skips else None)
+            return x
+
+        if cache:
+            x = cache[0]
+        else:
+            x = decode(self.bottleneck(x, context, time), self.decoders[:-N_OUTER])
+            if cache is not None:
+                cache.append(x)
+        x = decode(x, self.decoders[-N_OUTER:])
         return self.conv_out(F.silu(self.norm_out(x)))

@@ -22,6 +22,10 @@ def parse_arguments():
     add("--height", type=int, help="pixels, a multiple of 8 (default: what the checkpoint was made for)")
     add("--width", type=int, help="pixels, a multiple of 8 (default: what the checkpoint was made for)")
     add("--count", type=int, default=1, help="pictures to draw, with seeds one apart (%(default)s)")
+    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
+        help="use guidance only between these noise levels sigma, of 0.03 to 14.6 (default: everywhere)")
+    add("--cache-interval", type=int, default=1, help="compute the deep layers in every n-th step only (%(default)s)")
+    add("--tile-size", type=int, help="decode in tiles of so many pixels, to save memory (default: at once)")
     add("--checkpoint", help="a .ckpt or .safetensors file of SD 1.x (default: the best one in data/)")
     add("--device", help="cpu, cuda or mps (default: the fastest there is)")
     add("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (%(default)s)")
@@ -53,7 +57,7 @@ from samplers import SAMPLERS
 @torch.no_grad()
 def generate(prompt, uncond_prompt="", input_image=None, strength=0.8, do_cfg=True, cfg_scale=7.5, sampler_name="ddpm",
              n_inference_steps=50, models=None, seed=None, device=None, idle_device=None, tokenizer=None, height=None,
-             width=None, sampler=None, callback=None):
+             width=None, sampler=None, callback=None, guidance_interval=None, cache_interval=1, tile_size=None):
     """Draws a picture from a prompt, or from a prompt and a picture.
 
     Latent Diffusion Models (arXiv 2112.10752) with classifier-free guidance (arXiv 2207.12598); from a picture as in
@@ -79,6 +83,11 @@ def generate(prompt, uncond_prompt="", input_image=None, strength=0.8, do_cfg=Tr
         height, width: pixels, multiples of 8; None is the size that the checkpoint was made for.
         sampler: a sampler object to use instead of sampler_name; its generator is set to the pictures' own.
         callback: called after each step as callback(step, timestep, latents), steps counted from 0.
+        guidance_interval: (low, high), the noise levels sigma = sqrt((1 - ᾱ) / ᾱ) between which guidance is used, out of
+            0.03 to 14.6; beyond them a step takes half the time (arXiv 2404.07724). None is everywhere.
+        cache_interval: compute the deep layers of the UNet in every n-th step only, and reuse what they found in those
+            between (DeepCache, arXiv 2312.00858). 1 computes them always.
+        tile_size: decode in tiles of so many pixels a side, a multiple of 32, to save memory; None decodes at once.
 
     Returns:
         A uint8 array (height, width, 3); for a list of n prompts (n, height, width, 3).
@@ -91,6 +100,7 @@ def generate(prompt, uncond_prompt="", input_image=None, strength=0.8, do_cfg=Tr
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     uncond_prompts = [uncond_prompt] * len(prompts) if isinstance(uncond_prompt, str) else list(uncond_prompt)
     check_arguments(prompts, uncond_prompts, strength, cfg_scale, sampler_name, n_inference_steps, seed, height, width)
+    check_savings(guidance_interval, cache_interval, tile_size)
     image = None if input_image is None else open_image(input_image)
 
     if models is None:
@@ -138,14 +148,18 @@ def generate(prompt, uncond_prompt="", input_image=None, strength=0.8, do_cfg=Tr
 
     diffusion.to(device)
     are_finite = []
+    cache, was_guided = [], None
     for step, timestep in enumerate(tqdm(sampler.timesteps, desc="denoising", unit="step")):
         time_embedding = get_time_embedding(timestep, diffusion.config.channels[0]).to(device, dtype)
-        model_input = latents.to(dtype)
-        if do_cfg:
-            cond, uncond = diffusion(model_input.repeat(2, 1, 1, 1), context, time_embedding).float().chunk(2)
+        is_guided = do_cfg and (guidance_interval is None or is_within(guidance_interval, sampler.alpha_bar(timestep)))
+        if step % cache_interval == 0 or is_guided != was_guided:
+            cache.clear()
+        was_guided = is_guided
+        model_output = diffusion(latents.to(dtype), context if is_guided else context[: len(prompts)], time_embedding,
+                                 cache if cache_interval > 1 else None).float()
+        if is_guided:
+            cond, uncond = model_output.chunk(2)
             model_output = uncond + cfg_scale * (cond - uncond)
-        else:
-            model_output = diffusion(model_input, context, time_embedding).float()
         latents = sampler.step(timestep, latents, model_output)
         are_finite.append(latents.isfinite().all())
         if device.type == "cpu" and not are_finite[-1]:  # elsewhere, looking would wait for the device at each step
@@ -156,7 +170,13 @@ def generate(prompt, uncond_prompt="", input_image=None, strength=0.8, do_cfg=Tr
     if idle_device:
         diffusion.to(idle_device)
 
-    images = serve(models["decoder"], latents)
+    if tile_size:
+        decoder = models["decoder"].to(device)
+        images = decoder.decode_tiled(latents.to(next(decoder.parameters()).dtype), tile_size)
+        if idle_device:
+            decoder.to(idle_device)
+    else:
+        images = serve(models["decoder"], latents)
     if not images.isfinite().all():
         raise FloatingPointError(f"the decoder returned NaN or infinite pixels in {dtype}; try dtype float32")
     images = to_uint8(images)
@@ -276,6 +296,28 @@ def check_arguments(prompts, uncond_prompts, strength, cfg_scale, sampler_name, 
                 f"{name} is {size!r}; give a positive multiple of 8")
 
 
+def check_savings(guidance_interval, cache_interval, tile_size):
+    """Raises ValueError, in one line, for the first argument of `generate` that saves work and is out of range."""
+    if guidance_interval is not None:
+        try:
+            low, high = guidance_interval
+        except (TypeError, ValueError):
+            low = high = None
+        if not (is_number(low) and is_number(high) and 0 <= low <= high):
+            raise ValueError(f"guidance_interval is {guidance_interval!r}; give two noise levels (low, high), such as "
+                             f"(0.3, 5.0), or None")
+    if not (is_whole(cache_interval) and cache_interval >= 1):
+        raise ValueError(f"cache_interval is {cache_interval!r}; give a whole number from 1 (no caching)")
+    if tile_size is not None and not (is_whole(tile_size) and tile_size >= 64 and tile_size % 32 == 0):
+        raise ValueError(f"tile_size is {tile_size!r}; give a multiple of 32 from 64, or None")
+
+
+def is_within(interval, alpha_bar):
+    """Whether the noise level sigma of this ᾱ lies in the interval (low, high)."""
+    low, high = interval
+    return low <= math.sqrt((1 - alpha_bar) / alpha_bar) <= high
+
+
 def is_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
@@ -316,11 +358,14 @@ def main(arguments):
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
     settings = dict(uncond_prompt=arguments.uncond_prompt, input_image=arguments.input_image,
                     strength=arguments.strength, cfg_scale=arguments.cfg_scale, sampler_name=arguments.sampler,
-                    n_inference_steps=arguments.steps, height=arguments.height, width=arguments.width)
+                    n_inference_steps=arguments.steps, height=arguments.height, width=arguments.width,
+                    guidance_interval=arguments.guidance_interval, cache_interval=arguments.cache_interval,
+                    tile_size=arguments.tile_size)
 
     checkpoint = arguments.checkpoint or model_loader.find_checkpoint()
     device = arguments.device or model_loader.best_device()
-    models = model_loader.preload_models_from_standard_weights(checkpoint, device, arguments.dtype)
+    can_pack = model_loader.can_pack(device, arguments.dtype)
+    models = model_loader.preload_models_from_standard_weights(checkpoint, device, arguments.dtype, pack=can_pack)
     dtype = next(models["diffusion"].parameters()).dtype
     print(f"checkpoint {checkpoint}, device {device} ({str(dtype).removeprefix('torch.')}), seed {seed}")
     for k, path in enumerate(paths):

@@ -65,7 +65,7 @@ class AttentionRecord:
     # ---- hooks, called by PyTorch
 
     def begin_step(self, diffusion, inputs):
-        n_rows, _, *self.latents_size = inputs[0].shape
+        n_rows, self.latents_size = len(inputs[1]), inputs[0].shape[2:]  # rows of the context: guidance has twice as many
         if not 0 <= self.row < n_rows:
             raise ValueError(f"row is {self.row}, but the UNet was given {n_rows} rows; "
                              f"take one from 0 to {n_rows - 1}")

@@ -364,3 +364,60 @@ def test_help_imports_nothing_heavy():
 def test_help_names_every_sampler():
     help_text = run("--help").stdout.replace("\n", " ")
     assert all(name in help_text for name in SAMPLERS) and set(pipeline.WEB_UI_NAMES) == set(SAMPLERS)
+
+
+# ---- fewer and cheaper steps
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("interval", [(0, 100), (50, 60), (0.5, 3.0)])
+def test_guidance_interval_is_guidance_in_some_steps(draw, diffusers_parts, tokenizer, interval):
+    """Against a loop over diffusers' UNet and scheduler."""
+    scheduler, unet = SCHEDULERS["ddim"], diffusers_parts["unet"]
+    scheduler.set_timesteps(10)
+    encode = lambda text: diffusers_parts["text_encoder"](pipeline.tokenize([text], tokenizer)).last_hidden_state
+    cond, uncond = encode("a cat"), encode("")
+    latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(7))
+    for timestep in scheduler.timesteps:
+        eps = unet(latents, timestep, cond).sample
+        alpha_bar = scheduler.alphas_cumprod[timestep]
+        if interval[0] <= ((1 - alpha_bar) / alpha_bar) ** 0.5 <= interval[1]:
+            without = unet(latents, timestep, uncond).sample
+            eps = without + 5.0 * (eps - without)
+        latents = scheduler.step(eps, timestep, latents).prev_sample
+    expected = pipeline.to_uint8(diffusers_parts["vae"].decode(latents / 0.18215).sample)[0]
+    result = draw(cfg_scale=5.0, n_inference_steps=10, guidance_interval=interval)
+    assert abs(result.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_cache_interval_computes_the_deep_layers_seldom(draw, models):
+    calls = []
+    hook = models["diffusion"].bottleneck.register_forward_hook(lambda *_: calls.append(1))
+    exact, cached = draw(n_inference_steps=7), draw(n_inference_steps=7, cache_interval=3)
+    assert len(calls) == 7 + 3
+    assert 0 < abs(exact.astype(int) - cached.astype(int)).mean() < 20
+    calls.clear()
+    draw(n_inference_steps=6, cache_interval=6, guidance_interval=(0, 3.0))
+    hook.remove()
+    assert len(calls) == 2  # what guidance needs is twice as many rows: computed anew where it begins
+
+
+def test_tile_size_decodes_in_tiles(draw):
+    whole = draw(height=128, width=64).astype(int)
+    assert (draw(height=128, width=64, tile_size=128).astype(int) == whole).all()
+    tiled = draw(height=128, width=64, tile_size=64)
+    assert tiled.shape == whole.shape and (tiled != whole).any()
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"guidance_interval": 3}, "guidance_interval is 3; give two"),
+    ({"guidance_interval": (5, 1)}, "give two noise levels"),
+    ({"guidance_interval": (-1, 2)}, "give two noise levels"),
+    ({"cache_interval": 0}, "cache_interval is 0; give a whole number from 1"),
+    ({"cache_interval": 1.5}, "cache_interval is 1.5"),
+    ({"tile_size": 100}, "tile_size is 100; give a multiple of 32"),
+    ({"tile_size": 32}, "tile_size is 32"),
+])
+def test_savings_out_of_range(draw, settings, message):
+    with pytest.raises(ValueError, match=message):
+        draw(**settings)

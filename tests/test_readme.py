@@ -19,7 +19,7 @@ def test_python_blocks_run(block, checkpoint, monkeypatch, tmp_path):
     monkeypatch.setattr(model_loader, "find_checkpoint", lambda: checkpoint)
     monkeypatch.setattr(model_loader, "best_device", lambda: "cpu")
     monkeypatch.setattr(model_loader, "preload_models_from_standard_weights",
-                        lambda path, device, *more: preload(checkpoint, "cpu", *more))
+                        lambda path, device, *more, **options: preload(checkpoint, "cpu", *more, **options))
     model_loader.default_models.cache_clear()
     monkeypatch.chdir(tmp_path)
     exec(block.replace('device="cuda"', 'device="cpu"'), {})

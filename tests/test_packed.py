@@ -1,0 +1,87 @@
+"""Packed networks against plain ones, which the other tests hold to diffusers."""
+
+import pytest
+import torch
+
+import model_loader
+import oracle
+from diffusion import Upsample
+from model_converter import NETWORKS
+from packed import PackedUpsample, pack
+from pipeline import generate
+
+
+def inputs(network, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)
+    return {"clip": lambda: (torch.arange(2 * 77).reshape(2, 77),),
+            "encoder": lambda: (draw(2, 3, 32, 40), draw(2, 4, 4, 5)),
+            "decoder": lambda: (draw(2, 4, 4, 5),),
+            "diffusion": lambda: (draw(2, 4, 8, 12), draw(2, 77, 32), draw(1, 32))}[network]()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@torch.no_grad()
+def test_a_packed_network_is_the_plain_one(network):
+    module = oracle.randomize(NETWORKS[network](oracle.TINY[network])).eval()
+    arguments = inputs(network)
+    expected = module(*arguments)
+    packed = pack(module)
+    assert not any(type(layer) in (torch.nn.Linear, torch.nn.Conv2d) for layer in packed.modules())
+    torch.testing.assert_close(packed(*arguments), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_packed_unet_takes_odd_sizes():
+    module = oracle.randomize(NETWORKS["diffusion"](oracle.TINY["diffusion"])).eval()
+    arguments = (torch.randn(1, 4, 7, 9), torch.randn(2, 77, 32), torch.randn(1, 32))
+    expected = module(*arguments)
+    torch.testing.assert_close(pack(module)(*arguments), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_bfloat16_is_no_further_from_float32_than_unpacked():
+    for network in NETWORKS:
+        exact = oracle.randomize(NETWORKS[network](oracle.TINY[network])).eval()
+        arguments = inputs(network)
+        expected = exact(*arguments)
+        half = [x.bfloat16() if x.is_floating_point() else x for x in arguments]
+        plain = exact.bfloat16()(*half)
+        packed = pack(exact)(*half)
+        error = lambda result: (result.float() - expected).square().mean().sqrt().item()
+        assert error(packed) <= 1.15 * error(plain), network
+
+
+@torch.no_grad()
+def test_the_upsampling_in_four_phases_is_exact():
+    """In float64-like exactness: small whole numbers, so that any difference would show."""
+    layer = Upsample(16)
+    layer.conv.weight.copy_(torch.randint(-3, 4, layer.conv.weight.shape))
+    layer.conv.bias.copy_(torch.arange(16))
+    x = torch.randint(-5, 6, (2, 16, 3, 4)).float()
+    assert torch.equal(PackedUpsample(layer.conv)(x), layer(x, (6, 8)))
+
+
+@torch.no_grad()
+def test_a_packed_checkpoint_draws_the_same_picture(tmp_path):
+    oracle.write_checkpoint(tmp_path / "tiny.safetensors")
+    pictures = [generate("a cat", n_inference_steps=3, seed=1, sampler_name="ddim", models=
+                         model_loader.preload_models_from_standard_weights(tmp_path / "tiny.safetensors", "cpu",
+                                                                           "float32", pack=pack)).astype(int)
+                for pack in (False, True)]
+    assert abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_packed_weights_cannot_be_moved_or_converted():
+    module = pack(NETWORKS["decoder"](oracle.TINY["decoder"]))
+    module.to("cpu", torch.float32)
+    with pytest.raises(ValueError, match="pack=False"):
+        module.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="stay on the CPU"):
+        module.to("meta")
+
+
+def test_packing_is_refused_for_float16(tmp_path):
+    oracle.write_checkpoint(tmp_path / "tiny.safetensors")
+    with pytest.raises(ValueError, match="pack=True needs the CPU"):
+        model_loader.preload_models_from_standard_weights(tmp_path / "tiny.safetensors", "cpu", "float16", pack=True)
