@@ -44,8 +44,9 @@ class CLIP(nn.Module):
     def __init__(self, config=CLIPConfig()):
         super().__init__()
         self.config = config
-        self.token_embedding = nn.Embedding(config.n_vocab, config.d_embed)
-        self.position_embedding = nn.Embedding(config.n_tokens, config.d_embed)
+        # Zeros, as weights come from a checkpoint: drawing random ones takes seconds, on the meta device too.
+        self.token_embedding = nn.Embedding.from_pretrained(torch.zeros(config.n_vocab, config.d_embed), freeze=False)
+        self.position_embedding = nn.Embedding.from_pretrained(torch.zeros(config.n_tokens, config.d_embed), freeze=False)
         self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.d_embed)
 
