@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def preload_models_from_standard_weights(path, device, dtype="auto", use_ema=True, pack=False):
+def preload_models_from_standard_weights(path, device, dtype="auto", use_ema=True, pack=False, compile=False):
     """Loads an SD 1.x checkpoint.
 
     Args:
@@ -22,6 +22,9 @@ def preload_models_from_standard_weights(path, device, dtype="auto", use_ema=Tru
             the CPU bfloat16 where the processor computes in it natively (AVX512_BF16, AMX) and float32 elsewhere.
         use_ema: take the moving average of the UNet's weights where the file has it beside the plain ones.
         pack: on the CPU, rearrange the weights for speed: for drawing alone, see `packed.py`.
+        compile: on CUDA, make UNet and decoder into CUDA graphs (torch.compile, mode "reduce-overhead"): the first picture
+            of each size then takes minutes, later ones less; PyTorch keeps what it compiled on disk, in the folder
+            TORCHINDUCTOR_CACHE_DIR.
 
     Returns:
         {'clip': CLIP, 'encoder': VAE_Encoder, 'decoder': VAE_Decoder, 'diffusion': Diffusion}, in eval mode.
@@ -29,19 +32,25 @@ def preload_models_from_standard_weights(path, device, dtype="auto", use_ema=Tru
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it is not an SD 1.x checkpoint, or it is broken.
-        ValueError: there is no such device or dtype here, or pack is asked for where it cannot be done.
+        ValueError: there is no such device or dtype here, or pack or compile is asked for where it cannot be done.
     """
     device = check_device(device)
     dtype = resolve_dtype(dtype, device)
     if pack and not can_pack(device, dtype):
         raise ValueError(f"pack=True needs the CPU, PyTorch's oneDNN, and float32 or bfloat16, not {device} and "
                          f"{dtype}; load with pack=False")
+    if compile and device.type != "cuda":
+        raise ValueError(f"compile=True needs CUDA, not {device}; load with compile=False")
     modules, state_dicts = read_networks(path, device, dtype, use_ema)
     for network, module in modules.items():
         module.load_state_dict(state_dicts.pop(network), assign=True)
         module.eval()
         if pack:
             packed.pack(module)
+        if device.type == "cuda":
+            module.to(memory_format=torch.channels_last)  # what the tensor cores' convolutions read
+        if compile and network in ("diffusion", "decoder"):
+            module.compile(mode="reduce-overhead")
     return modules
 
 

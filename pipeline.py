@@ -29,6 +29,7 @@ def parse_arguments():
     add("--checkpoint", help="a .ckpt or .safetensors file of SD 1.x (default: the best one in data/)")
     add("--device", help="cpu, cuda or mps (default: the fastest there is)")
     add("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (%(default)s)")
+    add("--compile", action="store_true", help="on CUDA, compile the networks first: pays over many pictures")
     add("--output", default="output.png", help="the file to write, a .png (%(default)s)")
     add("--overwrite", action="store_true", help="replace the output file if it exists")
     return parser.parse_args()
@@ -150,7 +151,8 @@ def generate(prompt, uncond_prompt="", input_image=None, strength=0.8, do_cfg=Tr
     are_finite = []
     cache, was_guided = [], None
     for step, timestep in enumerate(tqdm(sampler.timesteps, desc="denoising", unit="step")):
-        time_embedding = get_time_embedding(timestep, diffusion.config.channels[0]).to(device, dtype)
+        time_embedding = get_time_embedding(timestep, diffusion.config.channels[0])
+        time_embedding = time_embedding.to(device, dtype, non_blocking=True)
         is_guided = do_cfg and (guidance_interval is None or is_within(guidance_interval, sampler.alpha_bar(timestep)))
         if step % cache_interval == 0 or is_guided != was_guided:
             cache.clear()
@@ -365,7 +367,8 @@ def main(arguments):
     checkpoint = arguments.checkpoint or model_loader.find_checkpoint()
     device = arguments.device or model_loader.best_device()
     can_pack = model_loader.can_pack(device, arguments.dtype)
-    models = model_loader.preload_models_from_standard_weights(checkpoint, device, arguments.dtype, pack=can_pack)
+    models = model_loader.preload_models_from_standard_weights(checkpoint, device, arguments.dtype, pack=can_pack,
+                                                               compile=arguments.compile)
     dtype = next(models["diffusion"].parameters()).dtype
     print(f"checkpoint {checkpoint}, device {device} ({str(dtype).removeprefix('torch.')}), seed {seed}")
     for k, path in enumerate(paths):

@@ -547,3 +547,40 @@ def test_no_file_and_a_folder(tmp_path):
         load_from_standard_weights(tmp_path / "nowhere.ckpt")
     with pytest.raises(CheckpointError, match="found a folder"):
         load_from_standard_weights(tmp_path)
+
+
+def test_all_of_float16_becomes_bfloat16_as_pytorch_does_it():
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)  # every number there is, NaNs included
+    tensor = halves.repeat(40)[: 2**21 + 4].reshape(-1, 3)  # more than one block
+    result = model_converter.to_dtype(tensor, torch.bfloat16)
+    assert result.shape == tensor.shape
+    torch.testing.assert_close(result, tensor.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_a_released_tensor_is_out_of_memory_and_can_be_read_again(name, tmp_path):
+    path, expected = tmp_path / name, torch.randn(4, 2**18)
+    (save_file if name.endswith("safetensors") else torch.save)({"a": expected, "b": expected + 1}, path)
+    weights, _ = model_converter.read_checkpoint(path)
+    mapped = model_converter.find_mapped(path)
+    assert torch.equal(weights["a"], expected) and torch.equal(weights["b"], expected + 1)
+    before = resident(path)
+    model_converter.release(weights["a"], mapped)
+    if Path("/proc").exists():  # Linux: else there is nothing to let go of
+        assert before - resident(path) >= expected.nbytes - 2 * 65536
+    assert torch.equal(weights["a"], expected) and torch.equal(weights["b"], expected + 1)
+
+
+def resident(path):
+    """Bytes of a mapped file that are in this process's memory."""
+    if not Path("/proc").exists():
+        return 0
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    sizes = [lines[k + 1 : k + 12] for k, line in enumerate(lines) if line.endswith(str(path))]
+    return 1024 * sum(int(line.split()[1]) for part in sizes for line in part if line.startswith("Rss:"))
+
+
+def test_memory_that_no_file_is_mapped_to_is_left_alone():
+    weight = torch.ones(2**16)
+    model_converter.release(weight, [])
+    assert weight.sum() == 2**16

@@ -84,6 +84,11 @@ def test_on_cuda(checkpoint):
         (torch.float16, "cuda")}
 
 
+def test_compiling_is_refused_on_the_cpu(checkpoint):
+    with pytest.raises(ValueError, match="compile=True needs CUDA, not cpu"):
+        preload_models_from_standard_weights(checkpoint, "cpu", compile=True)
+
+
 @pytest.mark.mps
 def test_on_mps(checkpoint):
     models = preload_models_from_standard_weights(checkpoint, "mps")

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 
+import model_loader
 import oracle
 import pipeline
 from model_loader import load_tokenizer
@@ -421,3 +422,29 @@ def test_tile_size_decodes_in_tiles(draw):
 def test_savings_out_of_range(draw, settings, message):
     with pytest.raises(ValueError, match=message):
         draw(**settings)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compile", [False, True])
+def test_cuda_draws_what_the_cpu_draws(checkpoint, tokenizer, compile):
+    settings = dict(tokenizer=tokenizer, seed=1, n_inference_steps=3, sampler_name="euler_a")
+    load = model_loader.preload_models_from_standard_weights
+    on_cpu = generate("a cat", models=load(checkpoint, "cpu", "float32"), **settings)
+    models = load(checkpoint, "cuda", "float32", compile=compile)
+    for _ in range(2):  # a CUDA graph is recorded first, then replayed
+        on_cuda = generate("a cat", models=models, **settings)
+        assert np.abs(on_cuda.astype(int) - on_cpu).max() <= 1
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("sampler_name", SAMPLERS)
+def test_cuda_is_not_waited_for_between_steps(checkpoint, tokenizer, sampler_name):
+    def watch(step, timestep, latents):  # the first step may still set things up
+        torch.cuda.set_sync_debug_mode("error" if step < 4 else "default")
+
+    models = model_loader.preload_models_from_standard_weights(checkpoint, "cuda", "float16")
+    try:
+        generate("a cat", models=models, tokenizer=tokenizer, seed=1, n_inference_steps=5, sampler_name=sampler_name,
+                 callback=watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
