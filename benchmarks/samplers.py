@@ -9,16 +9,12 @@ need not fall.
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
+import peers
 from PIL import Image, ImageDraw
 from tqdm import tqdm
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 import model_loader
 from pipeline import generate
@@ -26,7 +22,6 @@ from samplers import SAMPLERS
 
 STEPS = [5, 10, 20, 50]
 LIMIT = 200
-RESULTS = ROOT / "benchmarks" / "results"
 LABEL = 120  # pixels at the left, for the sampler's name
 
 
@@ -63,14 +58,6 @@ def table(pictures):
     return "\n".join(lines)
 
 
-def write(path, save):
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    save(temporary)
-    os.replace(temporary, path)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="default: the best one in data/")
@@ -82,10 +69,9 @@ def main():
     models = model_loader.preload_models_from_standard_weights(checkpoint, model_loader.best_device(), "float32")
     pictures = draw_all(models, model_loader.load_tokenizer(), arguments.prompt, arguments.cfg_scale, arguments.seed)
     text = (f"`{Path(checkpoint).name}`, “{arguments.prompt}”, guidance {arguments.cfg_scale}, seed {arguments.seed}, "
-            f"float32; distance to {LIMIT} steps of the same sampler (50 for lcm), in grey levels\n\n{table(pictures)}\n")
-    write(RESULTS / "samplers.png", lambda path: contact_sheet(pictures).save(path, format="PNG"))
-    write(RESULTS / "samplers.md", lambda path: path.write_text(text))
-    print(text)
+            f"float32; distance to {LIMIT} steps of the same sampler (50 for lcm), in grey levels\n\n{table(pictures)}")
+    peers.replace("samplers.png", lambda path: contact_sheet(pictures).save(path, format="PNG"))
+    peers.write("samplers.md", text)
 
 
 if __name__ == "__main__":

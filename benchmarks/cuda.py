@@ -1,0 +1,89 @@
+"""How many pictures a second on an NVIDIA GPU, next to diffusers, eager and compiled?
+
+    python benchmarks/cuda.py [--batches 1 4 8 16 32] [--steps 20] [--rounds 3] [--no-compile]
+
+One random checkpoint of full size (2 GiB, made on first use), float16, 512x512 pixels with guidance, DDIM; ours and
+diffusers', each plain and compiled (torch.compile, mode "reduce-overhead": a minute or two for each batch size, not
+counted), in turn within one process. Share of the matrix rate: FLOP of all steps and the decoding per second, over what
+a product of 8192x8192 matrices in bfloat16 reaches.
+
+Writes benchmarks/results/cuda.md.
+"""
+
+import argparse
+
+import peers
+import torch
+
+import model_loader
+from decoder import VAE_Decoder
+from diffusion import Diffusion
+from pipeline import generate
+
+PROMPT = "a futuristic city on Mars during sunset"
+
+
+def flop_of_a_picture(steps):
+    step = peers.count_flop(Diffusion, (2, 4, 64, 64), (2, 77, 768), (1, 320))
+    return steps * step + peers.count_flop(VAE_Decoder, (1, 4, 64, 64))
+
+
+def matrix_rate(size=8192):
+    """GFLOP/s of a matrix product in bfloat16, the best of 10 runs of 10."""
+    a, b = torch.randn(2, size, size, device="cuda", dtype=torch.bfloat16)
+
+    def multiply():
+        for _ in range(10):
+            a @ b
+        torch.cuda.synchronize()
+
+    return 10 * 2 * size**3 / min(peers.timed(multiply) for _ in range(10)) / 1e9
+
+
+def candidates(path, steps, with_compile):
+    """Returns {name: function that draws a batch}"""
+    tokenizer, drawers = model_loader.load_tokenizer(), {}
+    for is_compiled in [False, True][: 1 + with_compile]:
+        models = model_loader.preload_models_from_standard_weights(path, "cuda", "float16", compile=is_compiled)
+        pipeline = peers.diffusers_pipeline(path, torch.float16).to("cuda")
+        pipeline.unet.to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
+        if is_compiled:
+            pipeline.unet.compile(mode="reduce-overhead")
+            pipeline.vae.decoder.compile(mode="reduce-overhead")
+        suffix = ", compiled" * is_compiled
+        drawers["ours" + suffix] = lambda batch, models=models: generate(
+            [PROMPT] * batch, models=models, tokenizer=tokenizer, sampler_name="ddim", n_inference_steps=steps, seed=42)
+        drawers["diffusers" + suffix] = lambda batch, pipeline=pipeline: pipeline(
+            [PROMPT] * batch, num_inference_steps=steps, generator=torch.Generator().manual_seed(42)).images
+    return drawers
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8, 16, 32])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-compile", action="store_true")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("error: PyTorch finds no CUDA device on this machine, which this benchmark needs")
+    drawers = candidates(peers.random_checkpoint(), arguments.steps, not arguments.no_compile)
+    rate, flop, rows = matrix_rate(), flop_of_a_picture(arguments.steps), []
+    for batch in arguments.batches:
+        times = peers.interleave({name: lambda draw=draw: draw(batch) for name, draw in drawers.items()}, arguments.rounds)
+        for name in drawers:
+            speed = batch / peers.statistics.median(times[name])
+            rows.append([batch, name, f"{speed:.2f}", f"{peers.ratio(times, 'diffusers', name):.2f}",
+                         f"{speed * flop / 1e9 / rate:.0%}"])
+    header = ["batch", "", "pictures a second", "times as fast as diffusers", "of the matrix rate"]
+    peers.write("cuda.md", f"""\
+{peers.table(header, rows)}
+
+{torch.cuda.get_device_name()}, float16, 512x512, {arguments.steps} steps with guidance; medians of {arguments.rounds} rounds. A matrix product reached
+{rate / 1000:.0f} TFLOP/s in bfloat16. {peers.peer_versions()}""")
+
+
+if __name__ == "__main__":
+    main()

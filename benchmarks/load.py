@@ -1,0 +1,92 @@
+"""From file to ready modules: how long does it take, and how much memory, next to diffusers' `from_single_file`?
+
+    python benchmarks/load.py [--rounds 5] [--formats safetensors ckpt] [--dtypes bfloat16 float32]
+
+Loads the same random float16 checkpoint of full size (2 GiB, made on first use, in the page cache), each time in a new
+process and ours and diffusers' in turn. `load` is the time inside the process from path to modules and tokenizer,
+imports not included; `CPU` that of all threads, `process` the whole
+process, imports included. `memory` is by how much the process's anonymous
+memory grew while loading, at its peak, in sizes of the weights in the dtype that they are loaded as. Aims: at most half
+of diffusers' time, and 1.1 times the weights; if memory misses its aim, the script fails. diffusers loads faster and
+smaller where accelerate is installed, as its users are advised: install it before you compare.
+
+Writes benchmarks/results/load.md. Reads /proc, so Linux only.
+"""
+
+import argparse
+import json
+import sys
+
+import peers
+import torch
+
+NAMES = ["ours", "diffusers"]
+LIMIT = 1.1  # anonymous memory that loading may take, in sizes of the weights
+
+
+def load(name, path, dtype):
+    """In a process of its own: loads once and prints what it took."""
+    dtype = getattr(torch, dtype)
+    if name == "ours":
+        from transformers import CLIPTokenizerFast  # noqa: F401  for the import not to count
+
+        import model_loader
+
+        def from_file():
+            model_loader.load_tokenizer()
+            return model_loader.preload_models_from_standard_weights(path, "cpu", dtype).values()
+    else:
+        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: F401
+        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401  for these not to count either
+
+        def from_file():
+            pipeline = peers.diffusers_pipeline(path, dtype)
+            return pipeline.text_encoder, pipeline.vae, pipeline.unet
+
+    modules, measured = peers.watch_memory(from_file)
+    size = sum(weight.nbytes for module in modules for weight in module.parameters()) / 2**20
+    print(json.dumps({"load": measured["seconds"], "cpu": measured["cpu"], "memory": measured["grown"] / size}))
+
+
+def compare(path, dtype, rounds):
+    """Returns a row of the table, after `rounds` loads by each and one before them that is not counted."""
+    runs = {name: [] for name in NAMES}
+    for round in range(rounds + 1):
+        for name in NAMES:
+            run = peers.in_child(__file__, "--child", name, path, dtype)
+            print(f"round {round} {path.suffix} {dtype} {name}: {run}" + " (warm-up)" * (round == 0), flush=True)
+            if round:
+                runs[name].append(run)
+    medians = [f"{peers.median(runs[name], what):.2f}" for name in NAMES for what in ("load", "cpu", "process", "memory")]
+    ratios = [f"{peers.ratio({name: [run[what] for run in runs[name]] for name in NAMES}, *NAMES):.2f}"
+              for what in ("load", "cpu", "process")]
+    return [path.suffix, dtype, *medians, *ratios], max(run["memory"] for run in runs["ours"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--formats", nargs="+", choices=["safetensors", "ckpt"], default=["safetensors", "ckpt"])
+    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float16", "float32"],
+                        default=["bfloat16", "float32"])
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        return load(*arguments.child)
+    results = [compare(peers.random_checkpoint(f".{suffix}"), dtype, arguments.rounds)
+               for suffix in arguments.formats for dtype in arguments.dtypes]
+    header = ["file", "loaded as", "ours: load, s", "CPU, s", "process, s", "memory", "diffusers: load, s", "CPU, s",
+              "process, s", "memory", "ours / diffusers: load", "CPU", "process"]
+    text = peers.table(header, [row for row, _ in results])
+    peers.write("load.md", f"""\
+{text}
+
+Medians of {arguments.rounds} rounds, file in float16 and in the page cache; memory in sizes of the loaded weights.
+{peers.peer_versions()}""")
+    worst = max(memory for _, memory in results)
+    if worst > LIMIT:
+        sys.exit(f"loading took {worst:.2f} of the weights' size, more than {LIMIT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What do a guidance interval and cached deep layers save, and what do they cost in quality? One plot and a table.
+
+    python benchmarks/savings.py [--prompts 60] [--rounds 3]
+
+The embedded model draws the same prompts with the same seeds in each setting (float32, dpmpp_2m, cfg_scale 4, fixed
+prompts of trained pairs). Quality: root mean square distance, in grey levels of 255, to the exact picture, the one at
+20 steps without savings; and how often the nearest real drawing still shows the concept that the prompt names, as in
+training/evaluate.py, which needs the drawings (python training/emoji.py). Fewer steps are the yardstick: a saving pays
+where its curve lies below theirs. Time: seconds a picture, drawn one at a time, settings in turn.
+
+Writes benchmarks/results/savings.md and savings.png.
+"""
+
+import argparse
+
+import numpy as np
+import peers
+import torch
+
+import model_loader
+from training import emoji
+from training.evaluate import CFG_SCALE, STEPS, Judge, draw, sample_rows
+from training.train import MODEL, N_CONCEPTS, STYLES
+
+CURVES = {
+    "fewer steps": [(f"{steps} steps", {"n_inference_steps": steps}) for steps in (15, 10, 7, 5)],
+    "guidance interval": [(f"guidance in ({low:g}, {high:g})", {"guidance_interval": (low, high)})
+                          for low, high in [(0, 8), (0.2, 8), (0.5, 8), (0.5, 4), (1, 4)]],
+    "cached deep layers": [(f"cache_interval {n}", {"cache_interval": n}) for n in (2, 3, 5)],
+    "both": [("guidance in (0.5, 8), cache_interval 2", {"guidance_interval": (0.5, 8), "cache_interval": 2})],
+}
+
+
+def plot(points, path):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    exact = points["exact"][0]
+    for axis, what, label in [(axes[0], 1, "distance to the exact picture, grey levels"), (axes[1], 2, "concept recall, %")]:
+        for curve, curve_points in points.items():
+            curve_points = sorted([exact, *curve_points]) if len(curve_points) > 1 else curve_points
+            axis.plot([point[0] for point in curve_points], [point[what] for point in curve_points], "o-", label=curve)
+        axis.set(xlabel="time, as a share of the exact picture's", ylabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=110, format="png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    models = model_loader.preload_models_from_standard_weights(MODEL, "cpu", "float32", pack=model_loader.can_pack("cpu"))
+    tokenizer, drawings = model_loader.load_tokenizer(), emoji.load_drawings(n_concepts=N_CONCEPTS, styles=STYLES)
+    judge, rows = Judge(drawings), sample_rows(emoji.trained_pairs(drawings), arguments.prompts)
+    prompts = judge.prompts(rows)
+    curves = {"exact": [(f"{STEPS} steps", {})], **CURVES}
+    settings = dict(setting for curve in curves.values() for setting in curve)
+
+    pictures = {name: draw(prompts, models, tokenizer, **setting) for name, setting in settings.items()}
+    exact = pictures[f"{STEPS} steps"].astype(float)
+    distance = {name: np.sqrt(np.mean((picture - exact) ** 2)) for name, picture in pictures.items()}
+    recall = {name: judge.recall(picture, rows)[0] for name, picture in pictures.items()}
+    times = peers.interleave({name: lambda setting=setting: draw(prompts[:1], models, tokenizer, **setting)
+                              for name, setting in settings.items()}, arguments.rounds)
+    seconds = {name: peers.statistics.median(times[name]) for name in settings}
+    share = {name: peers.ratio(times, name, f"{STEPS} steps") for name in settings}
+
+    points = {curve: [(share[name], distance[name], 100 * recall[name]) for name, _ in members]
+              for curve, members in curves.items()}
+    peers.replace("savings.png", lambda path: plot(points, path))
+    rows = [[name, f"{seconds[name]:.2f}", f"{share[name]:.2f}", f"{distance[name]:.1f}", f"{recall[name]:.1%}"]
+            for name in settings]
+    peers.write("savings.md", f"""\
+{peers.table(["", "s a picture", "share of the exact one's time", "distance, grey levels", "concept recall"], rows)}
+
+{len(prompts)} prompts, cfg_scale {CFG_SCALE:g}; times are medians of {arguments.rounds} rounds of one picture, decoding included.
+{peers.machine()}""")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
