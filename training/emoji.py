@@ -233,8 +233,12 @@ def wordings(concept: str, style: str | None = None, colour: str | None = None) 
 
 
 def caption(rng: random.Random, concept: str, style: str | None = None, colour: str | None = None) -> str:
-    """One of the `wordings`, e.g. "pizza", "a noto style emoji of an octopus on a sky blue background"."""
-    return rng.choice(wordings(concept, style, colour))
+    """One of the `wordings`, e.g. "pizza", "a noto style emoji of an octopus on a sky blue background".
+
+    Those that name the style come twice as often: styles are harder to learn than concepts.
+    """
+    texts = wordings(concept, style, colour)
+    return rng.choices(texts, weights=[1 if k < 3 else 2 for k in range(len(texts))])[0]
 
 
 # ----------------------------------------------------------------------------------------------------------- held out

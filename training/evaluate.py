@@ -40,8 +40,8 @@ PALETTE = torch.tensor(list(emoji.COLOURS.values()))
 
 def draw(prompts, models, tokenizer, cfg_scale=CFG_SCALE, **settings):
     """Returns a uint8 picture (n, 128, 128, 3) for each prompt; picture k has seed k."""
-    pictures = [generate(prompts[k : k + BATCH], models=models, tokenizer=tokenizer, seed=k, sampler_name="dpmpp_2m",
-                         n_inference_steps=STEPS, cfg_scale=cfg_scale, **settings)
+    settings = {"sampler_name": "dpmpp_2m", "n_inference_steps": STEPS, "cfg_scale": cfg_scale, **settings}
+    pictures = [generate(prompts[k : k + BATCH], models=models, tokenizer=tokenizer, seed=k, **settings)
                 for k in range(0, len(prompts), BATCH)]
     return np.concatenate(pictures)
 

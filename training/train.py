@@ -69,10 +69,10 @@ class Settings:
 
 SETTINGS = {
     "clip": Settings(steps=800, batch=128, learning_rate=1e-3, ema=0.99),
-    "vae": Settings(steps=1900, batch=8, learning_rate=1e-3, decay=0.4),
-    "diffusion": Settings(steps=2700, batch=32, learning_rate=1e-3, ema=0.999),
+    "vae": Settings(steps=7000, batch=8, learning_rate=1e-3, decay=0.4),
+    "diffusion": Settings(steps=12000, batch=32, learning_rate=1e-3, ema=0.999),
 }
-N_CONCEPTS, STYLES = 100, ["noto", "flat", "twemoji", "emojione"]
+N_CONCEPTS, STYLES = 150, ["noto", "flat", "twemoji", "emojione"]
 
 
 # ---- the drawings, as batches
