@@ -79,7 +79,7 @@ class VAE_Decoder(nn.Module):
         """The rest, in which a pixel depends on those near it: (batch, channels, h / 8, w / 8) -> (batch, 3, h, w)"""
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
 
     def decode_tiled(self, latents, tile_size):
         """Decodes latents in overlapping square tiles, in the memory that one tile takes.

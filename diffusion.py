@@ -54,9 +54,9 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x, time):
-        hidden = self.conv_1(F.silu(self.norm_1(x)))
+        hidden = self.conv_1(F.silu(self.norm_1(x), inplace=True))
         hidden = hidden + self.time(F.silu(time))[:, :, None, None]
-        hidden = self.conv_2(F.silu(self.norm_2(hidden)))
+        hidden = self.conv_2(F.silu(self.norm_2(hidden), inplace=True))
         return self.skip(x) + hidden
 
 
@@ -220,4 +220,4 @@ class Diffusion(nn.Module):
             if cache is not None:
                 cache.append(x)
         x = decode(x, self.decoders[-N_OUTER:])
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(F.silu(self.norm_out(x), inplace=True))

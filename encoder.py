@@ -37,8 +37,8 @@ class VAE_ResidualBlock(nn.Module):
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
-        hidden = self.conv_1(F.silu(self.norm_1(x)))
-        hidden = self.conv_2(F.silu(self.norm_2(hidden)))
+        hidden = self.conv_1(F.silu(self.norm_1(x), inplace=True))
+        hidden = self.conv_2(F.silu(self.norm_2(hidden), inplace=True))
         return self.skip(x) + hidden
 
 
@@ -110,6 +110,6 @@ class VAE_Encoder(nn.Module):
         x = self.conv_in(images)
         for level in self.down:
             x = level(x)
-        x = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        x = self.conv_out(F.silu(self.norm_out(self.mid(x)), inplace=True))
         mean, log_variance = self.quant_conv(x).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)

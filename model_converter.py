@@ -356,7 +356,7 @@ def refuse_other_models(weights):
         raise CheckpointError(f"found {some}; {expected}, with keys such as '{UNET}input_blocks.0.0.weight'")
 
 
-def convert(network, module, weights, device, dtype, mapped):
+def convert(network, module, weights, device, dtype, mapped=()):
     """Takes one network's weights out of `weights` and returns them as the state dict that `module` wants.
 
     `mapped` is what `find_mapped` returned: each tensor's part of it is let go of once there is a copy.

@@ -109,7 +109,7 @@ class PackedUpsample(diffusion.Upsample):  # the UNet tells an Upsample the size
         b, c, h, w = x.shape
         if size is not None and tuple(size) != (2 * h, 2 * w):
             return self.plain(F.interpolate(x, size=size, mode="nearest"))
-        out = x.new_empty((b, self.plain.bias.shape[0], 2 * h, 2 * w)).contiguous(memory_format=torch.channels_last)
+        out = torch.empty((b, len(self.plain.bias), 2 * h, 2 * w), dtype=x.dtype, memory_format=torch.channels_last)
         for k, conv in enumerate(self.phases):
             i, j = divmod(k, 2)
             out[:, :, i::2, j::2] = conv(x)[:, :, i : i + h, j : j + w]  # conv(x) is (b, channels, h + 1, w + 1)
