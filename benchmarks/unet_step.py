@@ -56,7 +56,7 @@ def unet_candidates(ours, plain, pipeline, dtype, with_openvino):
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, 4, 64, 64, generator=generator).bfloat16().to(dtype)  # the same numbers in both dtypes
     context = torch.randn(2, 77, 768, generator=generator).bfloat16().to(dtype)
-    both, timestep, embedding = latents.repeat(2, 1, 1, 1), torch.tensor(500), get_time_embedding(500).bfloat16().to(dtype)
+    both, timestep, embedding = latents.repeat(2, 1, 1, 1), torch.tensor(500), get_time_embedding(500).to(dtype)
     candidates = {
         "ours": lambda: ours["diffusion"](latents, context, embedding),
         "ours, plain": lambda: plain["diffusion"](latents, context, embedding),
