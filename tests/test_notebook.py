@@ -22,7 +22,7 @@ def executed(checkpoint, tmp_path_factory):
         patch.setenv("CHECKPOINT", str(checkpoint))
         patch.setenv("STEPS", "5")
         patch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))
-        client = NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+        client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
         client.execute()  # raises CellExecutionError where a cell fails
     return notebook
 
