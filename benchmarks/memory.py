@@ -14,6 +14,7 @@ Writes benchmarks/results/memory.md. Reads /proc, so Linux only.
 """
 
 import argparse
+import ctypes
 import json
 import tempfile
 from pathlib import Path
@@ -58,6 +59,7 @@ def decode(path):
     for size, tile_size in [(512, None), (1024, TILE_SIZE), (1024, None), (2048, TILE_SIZE)]:
         latents = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(0)).bfloat16()
         run = (lambda: decoder.decode_tiled(latents, tile_size)) if tile_size else (lambda: decoder(latents))
+        ctypes.CDLL(None).malloc_trim(0)  # what loading has freed goes back to the system, or it would hide the growth
         picture, memory = peers.watch_memory(run)
         pictures[size, tile_size] = picture.float().clamp(-1, 1) * 127.5
         name = f"{size}x{size}, {f'tiles of {tile_size}' if tile_size else 'at once'}"
