@@ -61,6 +61,12 @@ def can_pack(device, dtype="auto"):
     return device.type == "cpu" and can_compute and torch.backends.mkldnn.is_available()
 
 
+def pays_to_pack(path, device, dtype="auto"):
+    """Returns whether `pack` makes a checkpoint faster: where it is possible, but for networks as small as the embedded
+    model's, which take longer packed."""
+    return can_pack(device, dtype) and Path(path).is_file() and Path(path).stat().st_size > 2**28
+
+
 def check_device(device):
     """Returns a torch.device that exists on this machine, or raises ValueError."""
     try:
@@ -109,7 +115,8 @@ def find_checkpoint(folder=ROOT / "data"):
 @functools.cache
 def default_models(device):
     """Returns the networks of the best checkpoint in data/, loaded once a process and device."""
-    return preload_models_from_standard_weights(find_checkpoint(), device, pack=can_pack(device))
+    path = find_checkpoint()
+    return preload_models_from_standard_weights(path, device, pack=pays_to_pack(path, device))
 
 
 @functools.cache

@@ -366,8 +366,8 @@ def main(arguments):
 
     checkpoint = arguments.checkpoint or model_loader.find_checkpoint()
     device = arguments.device or model_loader.best_device()
-    can_pack = model_loader.can_pack(device, arguments.dtype)
-    models = model_loader.preload_models_from_standard_weights(checkpoint, device, arguments.dtype, pack=can_pack,
+    pack = model_loader.pays_to_pack(checkpoint, device, arguments.dtype)
+    models = model_loader.preload_models_from_standard_weights(checkpoint, device, arguments.dtype, pack=pack,
                                                                compile=arguments.compile)
     dtype = next(models["diffusion"].parameters()).dtype
     print(f"checkpoint {checkpoint}, device {device} ({str(dtype).removeprefix('torch.')}), seed {seed}")

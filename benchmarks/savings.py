@@ -35,10 +35,8 @@ def plot(points, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    exact = points["exact"][0]
     for axis, what, label in [(axes[0], 1, "distance to the exact picture, grey levels"), (axes[1], 2, "concept recall, %")]:
         for curve, curve_points in points.items():
-            curve_points = sorted([exact, *curve_points]) if len(curve_points) > 1 else curve_points
             axis.plot([point[0] for point in curve_points], [point[what] for point in curve_points], "o-", label=curve)
         axis.set(xlabel="time, as a share of the exact picture's", ylabel=label)
         axis.grid(alpha=0.3)
@@ -51,7 +49,7 @@ def main():
     parser.add_argument("--prompts", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    models = model_loader.preload_models_from_standard_weights(MODEL, "cpu", "float32", pack=model_loader.can_pack("cpu"))
+    models = model_loader.preload_models_from_standard_weights(MODEL, "cpu", "float32")
     tokenizer, drawings = model_loader.load_tokenizer(), emoji.load_drawings(n_concepts=N_CONCEPTS, styles=STYLES)
     judge, rows = Judge(drawings), sample_rows(emoji.trained_pairs(drawings), arguments.prompts)
     prompts = judge.prompts(rows)
