@@ -85,7 +85,7 @@ def generate(prompt, uncond_prompt="", input_image=None, strength=0.8, do_cfg=Tr
         sampler: a sampler object to use instead of sampler_name; its generator is set to the pictures' own.
         callback: called after each step as callback(step, timestep, latents), steps counted from 0.
         guidance_interval: (low, high), the noise levels sigma = sqrt((1 - ᾱ) / ᾱ) between which guidance is used, out of
-            0.03 to 14.6; beyond them a step takes half the time (arXiv 2404.07724). None is everywhere.
+            0.03 to 14.6; beyond them a step does half the work (arXiv 2404.07724). None is everywhere.
         cache_interval: compute the deep layers of the UNet in every n-th step only, and reuse what they found in those
             between (DeepCache, arXiv 2312.00858). 1 computes them always.
         tile_size: decode in tiles of so many pixels a side, a multiple of 32, to save memory; None decodes at once.
