@@ -118,7 +118,7 @@ class Upsample(nn.Module):
 
 def repeat_rows(x, batch):
     """(batch or a part of it, ...) -> (batch, ...), the rows in turn as often as it takes"""
-    return x if len(x) == batch else x.repeat(batch // len(x), *[1] * (x.ndim - 1))
+    return x if len(x) == batch else torch.cat([x] * (batch // len(x)))  # keeps channels_last, which x.repeat does not
 
 
 class SwitchSequential(nn.Sequential):

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 import packed
+from attention import onednn_computes
 from model_converter import read_networks
 
 ROOT = Path(__file__).resolve().parent
@@ -37,7 +38,7 @@ def preload_models_from_standard_weights(path, device, dtype="auto", use_ema=Tru
     device = check_device(device)
     dtype = resolve_dtype(dtype, device)
     if pack and not can_pack(device, dtype):
-        raise ValueError(f"pack=True needs the CPU, PyTorch's oneDNN, and float32 or bfloat16, not {device} and "
+        raise ValueError(f"pack=True needs the CPU, and oneDNN in float32 or, where it can, bfloat16, not {device} and "
                          f"{dtype}; load with pack=False")
     if compile and device.type != "cuda":
         raise ValueError(f"compile=True needs CUDA, not {device}; load with compile=False")
@@ -57,8 +58,7 @@ def preload_models_from_standard_weights(path, device, dtype="auto", use_ema=Tru
 def can_pack(device, dtype="auto"):
     """Returns whether `pack` is possible for a device and dtype."""
     device = check_device(device)
-    can_compute = resolve_dtype(dtype, device) in (torch.float32, torch.bfloat16)
-    return device.type == "cpu" and can_compute and torch.backends.mkldnn.is_available()
+    return device.type == "cpu" and onednn_computes(resolve_dtype(dtype, device))
 
 
 def pays_to_pack(path, device, dtype="auto"):
