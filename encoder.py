@@ -39,7 +39,7 @@ class VAE_ResidualBlock(nn.Module):
     def forward(self, x):
         hidden = self.conv_1(F.silu(self.norm_1(x), inplace=True))
         hidden = self.conv_2(F.silu(self.norm_2(hidden), inplace=True))
-        return self.skip(x) + hidden
+        return hidden.add_(self.skip(x))  # in place: at full size each picture of 128 channels is 128 MB of fresh memory
 
 
 class VAE_AttentionBlock(nn.Module):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from clip import CLIP, CLIPConfig
 from decoder import DecoderConfig, VAE_Decoder
@@ -146,12 +147,14 @@ def load_from_standard_weights(path, device="cpu", dtype=None, use_ema=True):
         FileNotFoundError: there is no such file.
         CheckpointError: it is not an SD 1.x checkpoint, or it is broken.
     """
-    _, state_dicts = read_networks(path, device, dtype, use_ema)
-    return state_dicts
+    return {network: module.state_dict() for network, module in read_networks(path, device, dtype, use_ema).items()}
 
 
-def read_networks(path, device="cpu", dtype=None, use_ema=True):
-    """As `load_from_standard_weights`, but returns (modules on the meta device, state dicts), both by network."""
+def read_networks(path, device="cpu", dtype=None, use_ema=True, finish=None):
+    """As `load_from_standard_weights`, but returns modules.
+
+    Each block of a network is replaced by what `finish`, if given, makes of it before the next block is read.
+    """
     weights, metadata = read_checkpoint(path)
     mapped = find_mapped(path)
     try:
@@ -159,14 +162,18 @@ def read_networks(path, device="cpu", dtype=None, use_ema=True):
         with torch.device("meta"):
             modules = {network: NETWORKS[network](config) for network, config in
                        infer_configs(weights, metadata).items()}
-        state_dicts = {network: convert(network, module, weights, device, dtype, mapped)
-                       for network, module in modules.items()}
+        for network, module in modules.items():
+            for parent, name, prefix in blocks(module):
+                block = getattr(parent, name)
+                state_dict = convert(network, block, weights, device, dtype, mapped, prefix)
+                block.load_state_dict(state_dict, assign=True)
+                setattr(parent, name, finish(block) if finish else block)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     if weights:
         raise CheckpointError(f"{path}: found {next(iter(weights))!r}, which an SD 1.x model of these shapes does not "
                               f"have ({len(weights)} such keys); expected the layout of v1-5-pruned-emaonly.ckpt")
-    return modules, state_dicts
+    return modules
 
 
 # ---- reading files
@@ -356,14 +363,24 @@ def refuse_other_models(weights):
         raise CheckpointError(f"found {some}; {expected}, with keys such as '{UNET}input_blocks.0.0.weight'")
 
 
-def convert(network, module, weights, device, dtype, mapped=()):
-    """Takes one network's weights out of `weights` and returns them as the state dict that `module` wants.
+def blocks(module, prefix=""):
+    """Yields (parent, name, full name with a dot) for each part of a network, those in lists one by one."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.ModuleList):
+            yield from blocks(child, f"{prefix}{name}.")
+        else:
+            yield module, name, f"{prefix}{name}."
+
+
+def convert(network, module, weights, device, dtype, mapped=(), prefix=""):
+    """Takes the weights of a network, or of its part `prefix`, out of `weights` and returns them as the state dict that
+    `module` wants.
 
     `mapped` is what `find_mapped` returned: each tensor's part of it is let go of once there is a copy.
     """
     state_dict = {}
     for name, expected in module.state_dict().items():
-        names = standard_names(network, name)
+        names = standard_names(network, prefix + name)
         shape = (expected.shape[0] // len(names), *expected.shape[1:])
         originals = [take(weights, standard_name, shape) for standard_name in names]
         parts = [to_dtype(original, dtype or original.dtype) for original in originals]

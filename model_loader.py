@@ -42,12 +42,9 @@ def preload_models_from_standard_weights(path, device, dtype="auto", use_ema=Tru
                          f"{dtype}; load with pack=False")
     if compile and device.type != "cuda":
         raise ValueError(f"compile=True needs CUDA, not {device}; load with compile=False")
-    modules, state_dicts = read_networks(path, device, dtype, use_ema)
+    modules = read_networks(path, device, dtype, use_ema, packed.pack if pack else None)
     for network, module in modules.items():
-        module.load_state_dict(state_dicts.pop(network), assign=True)
         module.eval()
-        if pack:
-            packed.pack(module)
         if device.type == "cuda":
             module.to(memory_format=torch.channels_last)  # what the tensor cores' convolutions read
         if compile and network in ("diffusion", "decoder"):

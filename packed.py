@@ -16,22 +16,24 @@ import diffusion
 onednn = torch.ops.mkldnn
 
 
-def pack(network):
-    """Packs the weights of a network on the CPU (float32 or bfloat16), in place and layer by layer; returns it."""
-    for name, layer in network.named_children():
-        if isinstance(layer, diffusion.GEGLU):
-            setattr(network, name, PackedGEGLU(layer))
-        elif isinstance(layer, nn.Linear):
-            setattr(network, name, PackedLinear(layer.weight, layer.bias))
-        elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
-            setattr(network, name, PackedConv1x1(layer.weight[:, :, 0, 0], layer.bias))
-        elif isinstance(layer, nn.Conv2d):
-            setattr(network, name, PackedConv2d(layer.weight, layer.bias, layer.stride, layer.padding))
-        elif isinstance(layer, (decoder.Upsample, diffusion.Upsample)):
-            setattr(network, name, PackedUpsample(layer.conv))
-        else:
-            pack(layer)
-    return network
+def pack(layer):
+    """Returns a layer, or whatever is made of layers, with its weights (on the CPU, float32 or bfloat16) packed.
+
+    What is made of layers is changed in place, one layer after the other.
+    """
+    if isinstance(layer, diffusion.GEGLU):
+        return PackedGEGLU(layer)
+    if isinstance(layer, nn.Linear):
+        return PackedLinear(layer.weight, layer.bias)
+    if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
+        return PackedConv1x1(layer.weight[:, :, 0, 0], layer.bias)
+    if isinstance(layer, nn.Conv2d):
+        return PackedConv2d(layer.weight, layer.bias, layer.stride, layer.padding)
+    if isinstance(layer, (decoder.Upsample, diffusion.Upsample)):
+        return PackedUpsample(layer.conv)
+    for name, child in layer.named_children():
+        setattr(layer, name, pack(child))
+    return layer
 
 
 class Packed(nn.Module):

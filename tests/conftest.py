@@ -34,11 +34,8 @@ def weights():
 @pytest.fixture(scope="session")
 def models(checkpoint):
     """The four networks of that checkpoint, on the CPU in float32."""
-    modules, state_dicts = read_networks(checkpoint, dtype=torch.float32)
-    for network, module in modules.items():
-        module.load_state_dict(state_dicts[network], assign=True)
-        module.eval()
-    return modules
+    modules = read_networks(checkpoint, dtype=torch.float32)
+    return {network: module.eval() for network, module in modules.items()}
 
 
 def pytest_collection_modifyitems(items):
