@@ -5,6 +5,7 @@ Nothing in a checkpoint is ever executed.
 """
 
 import ctypes
+import math
 import mmap
 import os
 import pickle
@@ -385,7 +386,7 @@ def convert(network, module, weights, device, dtype, mapped=(), prefix=""):
         originals = [take(weights, standard_name, shape) for standard_name in names]
         parts = [to_dtype(original, dtype or original.dtype) for original in originals]
         for part, standard_name in zip(parts, names):
-            if not torch.stack(part.aminmax()).isfinite().all():
+            if not all(math.isfinite(extreme) for extreme in part.aminmax()):
                 raise CheckpointError(f"{standard_name} holds NaN or infinite values; expected finite weights")
         weight = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(device)
         if weight is not originals[0]:

@@ -1,13 +1,13 @@
 """How many pictures a second on an NVIDIA GPU, next to diffusers, eager and compiled?
 
-    python benchmarks/cuda.py [--batches 1 4 8 16 32] [--steps 20] [--rounds 3] [--no-compile]
+    python benchmarks/gpu.py [--batches 1 4 8 16 32] [--steps 20] [--rounds 3] [--no-compile]
 
 One random checkpoint of full size (2 GiB, made on first use), float16, 512x512 pixels with guidance, DDIM; ours and
 diffusers', each plain and compiled (torch.compile, mode "reduce-overhead": a minute or two for each batch size, not
 counted), in turn within one process. Share of the matrix rate: FLOP of all steps and the decoding per second, over what
 a product of 8192x8192 matrices in bfloat16 reaches.
 
-Writes benchmarks/results/cuda.md.
+Writes benchmarks/results/gpu.md.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def main():
             rows.append([batch, name, f"{speed:.2f}", f"{peers.ratio(times, 'diffusers', name):.2f}",
                          f"{speed * flop / 1e9 / rate:.0%}"])
     header = ["batch", "", "pictures a second", "times as fast as diffusers", "of the matrix rate"]
-    peers.write("cuda.md", f"""\
+    peers.write("gpu.md", f"""\
 {peers.table(header, rows)}
 
 {torch.cuda.get_device_name()}, float16, 512x512, {arguments.steps} steps with guidance; medians of {arguments.rounds} rounds. A matrix product reached
