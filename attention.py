@@ -50,14 +50,13 @@ def attend_in_blocks(q, k, v):
     padded_q, padded_k, padded_v = (F.pad(x, (0, pad)) for x in (q * d_head**-0.5, k, v))
     padded_q[..., d_head] = -MARGIN - (padded_q @ padded_k[:, :, :: k.shape[2] // 64].mT).amax(-1)
     padded_k[..., d_head] = padded_v[..., d_head] = 1
-    out = q.new_empty(padded_q.shape)
-    for out_head, q_head, k_head, v_head in zip(*(x.flatten(0, 1) for x in (out, padded_q, padded_k, padded_v))):
-        for out_block, q_block in zip(out_head.split(BLOCK), q_head.split(BLOCK)):
-            weights = torch.ops.mkldnn._linear_pointwise(q_block, k_head, None, "sigmoid", [], "")
-            torch.mm(weights, v_head, out=out_block)
-    sums = out[..., d_head:d_head + 1]
+    for q_head, k_head, v_head in zip(*(x.flatten(0, 1) for x in (padded_q, padded_k, padded_v))):
+        for block in q_head.split(BLOCK):
+            weights = torch.ops.mkldnn._linear_pointwise(block, k_head, None, "sigmoid", [], "")
+            torch.mm(weights, v_head, out=block)  # in the place of the queries, to save memory
+    sums = padded_q[..., d_head:d_head + 1]
     if sums.min() > math.exp(-MARGIN - 8) and sums.max() < math.exp(-8):
-        return out[..., :d_head] / sums
+        return padded_q[..., :d_head] / sums
     return F.scaled_dot_product_attention(q, k, v)
 
 

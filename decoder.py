@@ -73,7 +73,10 @@ class VAE_Decoder(nn.Module):
 
     def look_around(self, latents):
         """The part that sees the whole picture: (batch, 4, h / 8, w / 8) -> (batch, channels, h / 8, w / 8)"""
-        return self.mid(self.conv_in(self.post_quant_conv(latents / LATENT_SCALE)))
+        x = self.conv_in(self.post_quant_conv(latents / LATENT_SCALE))
+        for block in self.mid:  # not self.mid(x), which would hold on to its input to the end
+            x = block(x)
+        return x
 
     def enlarge(self, x):
         """The rest, in which a pixel depends on those near it: (batch, channels, h / 8, w / 8) -> (batch, 3, h, w)"""

@@ -54,7 +54,8 @@ def decode(path):
     """In a process of its own: decodes in several sizes and prints by how many MiB the process grew, and seconds."""
     import model_loader
 
-    decoder = model_loader.preload_models_from_standard_weights(path, "cpu", "bfloat16", pack=True)["decoder"]
+    models = model_loader.preload_models_from_standard_weights(path, "cpu", "bfloat16", pack=True)
+    decoder = models["decoder"]  # the others stay: what they leave free would hide a part of the growth, or add to it
     measured, pictures = {}, {}
     for size, tile_size in [(512, None), (1024, TILE_SIZE), (1024, None), (2048, TILE_SIZE)]:
         latents = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -54,7 +54,7 @@ def full_size_times(rounds, steps):
     from pipeline import generate
 
     path = peers.random_checkpoint()
-    models = model_loader.preload_models_from_standard_weights(path, "cpu", "bfloat16")
+    models = model_loader.preload_models_from_standard_weights(path, "cpu", "bfloat16", pack=True)
     tokenizer = model_loader.load_tokenizer()
     pipeline = peers.diffusers_pipeline(path, torch.bfloat16)
 
