@@ -23,12 +23,16 @@ from training.evaluate import CFG_SCALE, STEPS, Judge, draw, sample_rows
 from training.train import MODEL, N_CONCEPTS, STYLES
 
 CURVES = {
-    "fewer steps": [(f"{steps} steps", {"n_inference_steps": steps}) for steps in (15, 10, 7, 5)],
+    "fewer steps": [(f"{steps} steps", {"n_inference_steps": steps}) for steps in (15, 10, 7, 5, 3)],
     "guidance interval": [(f"guidance in ({low:g}, {high:g})", {"guidance_interval": (low, high)})
-                          for low, high in [(0, 8), (0.2, 8), (0.5, 8), (0.5, 4), (1, 4)]],
-    "cached deep layers": [(f"cache_interval {n}", {"cache_interval": n}) for n in (2, 3, 5)],
+                          for low, high in [(0.2, 8), (0.5, 8), (0.5, 4), (1, 4), (2, 3)]],
+    "cached deep layers": [(f"cache_interval {n}", {"cache_interval": n}) for n in (2, 3, 5, 10)],
     "both": [("guidance in (0.5, 8), cache_interval 2", {"guidance_interval": (0.5, 8), "cache_interval": 2})],
 }
+
+
+def short(name):
+    return name.replace("guidance in ", "").replace("cache_interval", "every").removesuffix(" steps")
 
 
 def plot(points, path):
@@ -40,7 +44,10 @@ def plot(points, path):
             axis.plot([point[0] for point in curve_points], [point[what] for point in curve_points], "o-", label=curve)
         axis.set(xlabel="time, as a share of the exact picture's", ylabel=label)
         axis.grid(alpha=0.3)
+    for share, distance, _, name in sum(points.values(), []):
+        axes[0].annotate(name, (share, distance), (4, 4), textcoords="offset points", fontsize=8)
     axes[0].legend()
+    axes[1].set_ylim(0, 104)
     figure.savefig(path, dpi=110, format="png")
 
 
@@ -65,7 +72,7 @@ def main():
     seconds = {name: peers.statistics.median(times[name]) for name in settings}
     share = {name: peers.ratio(times, name, f"{STEPS} steps") for name in settings}
 
-    points = {curve: [(share[name], distance[name], 100 * recall[name]) for name, _ in members]
+    points = {curve: [(share[name], distance[name], 100 * recall[name], short(name)) for name, _ in members]
               for curve, members in curves.items()}
     peers.replace("savings.png", lambda path: plot(points, path))
     rows = [[name, f"{seconds[name]:.2f}", f"{share[name]:.2f}", f"{distance[name]:.1f}", f"{recall[name]:.1%}"]
