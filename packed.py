@@ -2,7 +2,8 @@
 
 PyTorch keeps weights as the checkpoint has them, and oneDNN rearranges them at each call, for its vector units to read
 in one go: a tenth of a UNet's step. `pack` does that once. A convolution after a nearest-neighbour enlargement is also
-rewritten as what it amounts to, four small ones on the small picture, at 4/9 of the work. What the networks compute
+rewritten as what it amounts to, four small ones on the small picture, at 4/9 of the work. Packed convolutions return
+channels_last, for which group norms of large pictures are made as exact as they are without. What the networks compute
 stays the same; weights can no longer be trained, saved or moved to another device.
 """
 
@@ -31,6 +32,8 @@ def pack(layer):
         return PackedConv2d(layer.weight, layer.bias, layer.stride, layer.padding)
     if isinstance(layer, (decoder.Upsample, diffusion.Upsample)):
         return PackedUpsample(layer.conv)
+    if isinstance(layer, nn.GroupNorm) and layer.weight.dtype == torch.float32:
+        return BandedGroupNorm(layer)
     for name, child in layer.named_children():
         setattr(layer, name, pack(child))
     return layer
@@ -116,6 +119,35 @@ class PackedUpsample(diffusion.Upsample):  # the UNet tells an Upsample the size
             i, j = divmod(k, 2)
             out[:, :, i::2, j::2] = conv(x)[:, :, i : i + h, j : j + w]  # conv(x) is (b, channels, h + 1, w + 1)
         return out
+
+
+class BandedGroupNorm(nn.Module):
+    """A group norm in bands of 4 rows, put together exactly.
+
+    In channels_last, PyTorch's adds up a channel's pixels one after another: in float32, at 512x512, an error of 2e-4.
+    """
+
+    ROWS, SMALL = 4, 2**14  # PyTorch's is exact enough for fewer pixels than SMALL
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        """(batch, channels, h, w) -> the same shape"""
+        b, c, h, w = x.shape
+        if h * w < self.SMALL or h % self.ROWS or torch.is_grad_enabled():
+            return self.norm(x)
+        groups, bands = self.norm.num_groups, h // self.ROWS
+        x = x.unflatten(2, (bands, self.ROWS)).transpose(1, 2).flatten(0, 1)  # (b * bands, c, ROWS, w)
+        x, mean, rstd = torch.native_group_norm(x, None, None, b * bands, c, self.ROWS * w, groups, self.norm.eps)
+        mean, rstd = mean.view(b, bands, groups), rstd.view(b, bands, groups)
+        offset = mean - mean.mean(1, keepdim=True)
+        common_rstd = (rstd**-2 + offset**2).mean(1, keepdim=True).rsqrt()  # variances: within bands and between them
+        scale, shift = ((y * common_rstd).repeat_interleave(c // groups, 2) * self.norm.weight for y in (1 / rstd, offset))
+        shift += self.norm.bias
+        torch.addcmul(shift.view(-1, c, 1, 1), x, scale.view(-1, c, 1, 1), out=x)
+        return x.unflatten(0, (b, bands)).transpose(1, 2).flatten(2, 3)
 
 
 def merge(weight, dim, phase):

@@ -53,7 +53,8 @@ def load(name, path, dtype):
 
 
 def compare(path, dtype, rounds):
-    """Returns rows of the table and the most memory that ours took, after `rounds` loads by each and one before them that is not counted."""
+    """Returns rows of the table and the most memory that ours took: `rounds` loads by each, after one that is not counted.
+    """
     runs = {name: [] for name in NAMES}
     for round in range(rounds + 1):
         for name in NAMES:

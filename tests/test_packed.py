@@ -40,6 +40,20 @@ def test_a_packed_unet_takes_odd_sizes():
 
 
 @torch.no_grad()
+def test_group_norms_of_large_pictures_are_exact():
+    """PyTorch's in channels_last are 3e-4 off here, by adding up 2**16 numbers one after another."""
+    norm = oracle.randomize(torch.nn.GroupNorm(2, 8))
+    x = torch.randn(2, 8, 512, 256, generator=torch.Generator().manual_seed(0)) + 4
+    x[1] *= torch.linspace(1, 2, 512).view(512, 1)  # rows and pictures differ
+    groups = x.double().view(2, 2, -1)
+    expected = ((groups - groups.mean(2, keepdim=True)) / (groups.var(2, correction=0, keepdim=True) + norm.eps).sqrt())
+    expected = expected.view_as(x) * norm.weight.view(8, 1, 1) + norm.bias.view(8, 1, 1)
+    result = pack(norm)(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(result.double(), expected, atol=1e-5, rtol=0)
+    assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
 def test_bfloat16_is_no_further_from_float32_than_unpacked():
     for network in NETWORKS:
         exact = oracle.randomize(NETWORKS[network](oracle.TINY[network])).eval()
