@@ -7,7 +7,7 @@ PROMPT ?= a red apple
 CHECKPOINT ?=
 
 demo: .venv/ready
-	@.venv/bin/python pipeline.py "$(PROMPT)" $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") \
+	@.venv/bin/python cli.py "$(PROMPT)" $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") \
 		--sampler ddim --steps 25 --cfg-scale 4 --seed 42 --output demo.png --overwrite
 
 test: .venv/ready-dev

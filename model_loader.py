@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-import packed
 from attention import onednn_computes
+from cpu import packed
 from model_converter import read_networks
 
 ROOT = Path(__file__).resolve().parent
@@ -22,7 +22,7 @@ def preload_models_from_standard_weights(path, device, dtype="auto", use_ema=Tru
         dtype: "float32", "float16", "bfloat16" or the torch.dtype; "auto" is float16 on CUDA, float32 on MPS, and on
             the CPU bfloat16 where the processor computes in it natively (AVX512_BF16, AMX) and float32 elsewhere.
         use_ema: take the moving average of the UNet's weights where the file has it beside the plain ones.
-        pack: on the CPU, rearrange the weights for speed: for drawing alone, see `packed.py`.
+        pack: on the CPU, rearrange the weights for speed: for drawing alone, see `cpu/packed.py`.
         compile: on CUDA, make UNet and decoder into CUDA graphs (torch.compile, mode "reduce-overhead"): the first picture
             of each size then takes minutes, later ones less; PyTorch keeps what it compiled on disk, in the folder
             TORCHINDUCTOR_CACHE_DIR.

@@ -1,57 +1,16 @@
-"""Text to image and image to image with SD 1.x: `generate()`, and the same from the command line.
-
-    python pipeline.py "a red apple" --steps 25 --cfg-scale 4
-"""
-
-import argparse
-import sys
-
-
-def parse_arguments():
-    parser = argparse.ArgumentParser(description="Draws a picture from a prompt with Stable Diffusion 1.x.")
-    add = parser.add_argument
-    add("prompt", help="what to draw")
-    add("--uncond-prompt", default="", help="what to stay away from (default: nothing)")
-    add("--input-image", help="a picture to start from, instead of noise alone")
-    add("--strength", type=float, default=0.8, help="how much of the input picture to replace, in (0, 1] (%(default)s)")
-    add("--cfg-scale", type=float, default=7.5, help="guidance scale: how closely to follow the prompt (%(default)s)")
-    add("--steps", type=int, default=50, help="denoising steps, 1 to 1000 (%(default)s)")
-    add("--sampler", default="ddpm", help="ddpm, ddim, plms, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde or lcm "
-                                          "(%(default)s)")
-    add("--seed", type=int, help="the same seed draws the same picture (default: a random one, which is printed)")
-    add("--height", type=int, help="pixels, a multiple of 8 (default: what the checkpoint was made for)")
-    add("--width", type=int, help="pixels, a multiple of 8 (default: what the checkpoint was made for)")
-    add("--count", type=int, default=1, help="pictures to draw, with seeds one apart (%(default)s)")
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="use guidance only between these noise levels sigma, of 0.03 to 14.6 (default: everywhere)")
-    add("--cache-interval", type=int, default=1, help="compute the deep layers in every n-th step only (%(default)s)")
-    add("--tile-size", type=int, help="decode in tiles of so many pixels, to save memory (default: at once)")
-    add("--checkpoint", help="a .ckpt or .safetensors file of SD 1.x (default: the best one in data/)")
-    add("--device", help="cpu, cuda or mps (default: the fastest there is)")
-    add("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (%(default)s)")
-    add("--compile", action="store_true", help="on CUDA, compile the networks first: pays over many pictures")
-    add("--output", default="output.png", help="the file to write, a .png (%(default)s)")
-    add("--overwrite", action="store_true", help="replace the output file if it exists")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    arguments = parse_arguments()  # before the imports below, which take seconds: --help and mistakes answer at once
+"""Text to image and image to image with SD 1.x: `generate()`."""
 
 import math
 import numbers
-import os
 import secrets
 import warnings
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from tqdm import tqdm
 
 import model_loader
 from ddpm import draw_noise
+from images import open_image, to_tensor, to_uint8
 from samplers import SAMPLERS
 
 
@@ -215,55 +174,6 @@ def tokenize(texts, tokenizer, n_tokens=77):
     return torch.tensor(rows)
 
 
-def open_image(image):
-    """Returns a PIL image, an array or the file at a path as an upright RGB PIL image; transparency becomes white."""
-    if isinstance(image, (str, os.PathLike)):
-        if not Path(image).is_file():
-            raise FileNotFoundError(f"{image}: no such image; give the path of a picture file")
-        try:
-            image = Image.open(image)
-            image.load()
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{image}: not a picture that can be read ({error}); give a PNG or JPEG file") from None
-    elif not isinstance(image, Image.Image):
-        image = array_to_image(np.asarray(image))
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def array_to_image(array):
-    """Returns a uint8, uint16 or float [0, 1] array, (h, w) or (h, w, 1, 3 or 4), as a PIL image."""
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)) or 0 in array.shape:
-        raise ValueError(f"input_image has shape {array.shape}; allowed are (h, w), (h, w, 1), (h, w, 3) and (h, w, 4)")
-    if array.dtype == np.uint16:
-        array = array / 65535
-    if array.dtype.kind == "f":
-        if not (array.min() >= 0 and array.max() <= 1):
-            raise ValueError(f"input_image has values from {array.min()} to {array.max()}; floats must lie in [0, 1]")
-        array = (array * 255).round().astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ValueError(f"input_image has dtype {array.dtype}; allowed are uint8, uint16 and floats in [0, 1]")
-    return Image.fromarray(array)
-
-
-def to_tensor(image, height, width):
-    """PIL RGB image -> (1, 3, height, width) float32 in [-1, 1]"""
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
-    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
-
-
-def to_uint8(images):
-    """(batch, 3, h, w) in [-1, 1] -> (batch, h, w, 3) uint8 array"""
-    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
 def check_finite(are_finite, dtype):
     """Raises if the latents were not finite after a step; `are_finite` has a boolean tensor a step."""
     are_finite = torch.stack(are_finite).tolist()
@@ -326,84 +236,3 @@ def is_number(value):
 
 def is_whole(value):
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def save_picture(image, path, parameters, overwrite=False):
-    """Writes a uint8 array (h, w, 3) as a PNG file with a text chunk `parameters`, whole or not at all."""
-    if os.path.exists(path) and not overwrite:
-        raise FileExistsError(f"{path}: exists already; name another file, or allow overwriting")
-    info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", parameters)
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-
-
-def main(arguments):
-    """The command line: draws `--count` pictures and writes each to a file of its own."""
-    output = Path(arguments.output)
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"--output is {str(output)!r}; pictures are written as PNG: give a name that ends in .png")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"--output is {str(output)!r}, but there is no folder {output.parent}; make it first")
-    if arguments.count < 1:
-        raise ValueError(f"--count is {arguments.count}; give a whole number from 1")
-    paths = [output]
-    if arguments.count > 1:
-        paths = [output.with_stem(f"{output.stem}-{k + 1}") for k in range(arguments.count)]
-    for path in paths:
-        if path.exists() and not arguments.overwrite:
-            raise FileExistsError(f"{path} exists already; name another with --output, or replace it with --overwrite")
-    seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
-    settings = dict(uncond_prompt=arguments.uncond_prompt, input_image=arguments.input_image,
-                    strength=arguments.strength, cfg_scale=arguments.cfg_scale, sampler_name=arguments.sampler,
-                    n_inference_steps=arguments.steps, height=arguments.height, width=arguments.width,
-                    guidance_interval=arguments.guidance_interval, cache_interval=arguments.cache_interval,
-                    tile_size=arguments.tile_size)
-
-    checkpoint = arguments.checkpoint or model_loader.find_checkpoint()
-    device = arguments.device or model_loader.best_device()
-    pack = model_loader.pays_to_pack(checkpoint, device, arguments.dtype)
-    models = model_loader.preload_models_from_standard_weights(checkpoint, device, arguments.dtype, pack=pack,
-                                                               compile=arguments.compile)
-    dtype = next(models["diffusion"].parameters()).dtype
-    print(f"checkpoint {checkpoint}, device {device} ({str(dtype).removeprefix('torch.')}), seed {seed}")
-    for k, path in enumerate(paths):
-        image = generate(arguments.prompt, models=models, seed=seed + k, device=device, **settings)
-        parameters = describe(arguments.prompt, image, seed + k, checkpoint, settings)
-        save_picture(image, path, parameters, arguments.overwrite)
-        print(f"wrote {path}")
-
-
-def describe(prompt, image, seed, checkpoint, settings):
-    """Returns prompt, settings and seed in the text form that Stable Diffusion web UIs read back from a PNG file."""
-    fields = {
-        "Steps": settings["n_inference_steps"],
-        "Sampler": WEB_UI_NAMES[settings["sampler_name"]],
-        "CFG scale": settings["cfg_scale"],
-        "Seed": seed,
-        "Size": f"{image.shape[1]}x{image.shape[0]}",
-        "Model": Path(checkpoint).stem,
-    }
-    if settings["input_image"]:
-        fields["Denoising strength"] = settings["strength"]
-    lines = [prompt]
-    if settings["uncond_prompt"]:
-        lines.append(f"Negative prompt: {settings['uncond_prompt']}")
-    return "\n".join(lines + [", ".join(f"{name}: {value}" for name, value in fields.items())])
-
-
-WEB_UI_NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "plms": "PLMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun",
-                "lms": "LMS", "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "lcm": "LCM"}
-
-
-if __name__ == "__main__":
-    try:
-        main(arguments)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")

@@ -28,9 +28,9 @@ COMMAND = ["a red apple", "--steps", "20", "--sampler", "dpmpp_2m", "--cfg-scale
 
 
 def run(*arguments):
-    """Runs pipeline.py and returns (wall, CPU) seconds."""
+    """Runs cli.py and returns (wall, CPU) seconds."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, "pipeline.py", *arguments], cwd=peers.ROOT, check=True, capture_output=True)
+    subprocess.run([sys.executable, "cli.py", *arguments], cwd=peers.ROOT, check=True, capture_output=True)
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -74,7 +74,7 @@ def main():
     parser.add_argument("--only-small", action="store_true", help="the command alone, without the full size")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    text = peers.table(["python pipeline.py, embedded model", "wall, s", "CPU, s"], command_times(arguments.rounds))
+    text = peers.table(["python cli.py, embedded model", "wall, s", "CPU, s"], command_times(arguments.rounds))
     if not arguments.only_small:
         times = full_size_times(arguments.rounds, arguments.steps)
         rows = [[name, f"{sorted(seconds)[arguments.rounds // 2]:.1f}"] for name, seconds in times.items()]

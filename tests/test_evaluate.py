@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from pipeline import to_uint8
+from images import to_uint8
 from test_emoji import drawings  # noqa: F401  (a fixture)
 from training import emoji, evaluate
 

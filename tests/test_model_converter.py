@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import checkpoint_file
 import model_converter
 import oracle
 from clip import CLIPConfig
@@ -384,8 +385,8 @@ def test_a_tensor_that_fakes_its_size(written, weights):
 def test_no_other_name_is_looked_up(monkeypatch, module, name):
     monkeypatch.setattr(torch, "__getattr__", lambda name: pytest.fail("torch imports submodules here"))
     before = set(sys.modules)
-    unpickler = model_converter.RestrictedUnpickler(io.BytesIO(b""))
-    assert unpickler.find_class(module, name) is model_converter.Placeholder
+    unpickler = checkpoint_file.RestrictedUnpickler(io.BytesIO(b""))
+    assert unpickler.find_class(module, name) is checkpoint_file.Placeholder
     assert set(sys.modules) == before
 
 
@@ -561,11 +562,11 @@ def test_all_of_float16_becomes_bfloat16_as_pytorch_does_it():
 def test_a_released_tensor_is_out_of_memory_and_can_be_read_again(name, tmp_path):
     path, expected = tmp_path / name, torch.randn(4, 2**18)
     (save_file if name.endswith("safetensors") else torch.save)({"a": expected, "b": expected + 1}, path)
-    weights, _ = model_converter.read_checkpoint(path)
-    mapped = model_converter.find_mapped(path)
+    weights, _ = checkpoint_file.read_checkpoint(path)
+    mapped = checkpoint_file.find_mapped(path)
     assert torch.equal(weights["a"], expected) and torch.equal(weights["b"], expected + 1)
     before = resident(path)
-    model_converter.release(weights["a"], mapped)
+    checkpoint_file.release(weights["a"], mapped)
     if Path("/proc").exists():  # Linux: else there is nothing to let go of
         assert before - resident(path) >= expected.nbytes - 2 * 65536
     assert torch.equal(weights["a"], expected) and torch.equal(weights["b"], expected + 1)
@@ -582,5 +583,5 @@ def resident(path):
 
 def test_memory_that_no_file_is_mapped_to_is_left_alone():
     weight = torch.ones(2**16)
-    model_converter.release(weight, [])
+    checkpoint_file.release(weight, [])
     assert weight.sum() == 2**16

@@ -7,7 +7,7 @@ import model_loader
 import oracle
 from diffusion import Upsample
 from model_converter import NETWORKS, to_standard_weights
-from packed import PackedUpsample, pack
+from cpu.packed import PackedUpsample, pack
 from pipeline import generate, get_time_embedding
 
 

@@ -10,6 +10,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 
+import cli
+import images
 import model_loader
 import oracle
 import pipeline
@@ -143,7 +145,7 @@ def test_every_kind_of_input_image_means_the_same(tmp_path):
     turned.save(tmp_path / "turned.png", exif=exif)
     for given in [rgb, str(tmp_path / "rgb.png"), tmp_path / "turned.png", expected, expected / 255,
                   expected.astype(np.uint16) * 257, np.dstack([expected, np.full((16, 24), 255, np.uint8)])]:
-        assert np.array_equal(np.asarray(pipeline.open_image(given)), expected)
+        assert np.array_equal(np.asarray(images.open_image(given)), expected)
 
 
 def test_transparency_becomes_white(tmp_path):
@@ -153,8 +155,8 @@ def test_transparency_becomes_white(tmp_path):
     palette.putpalette([255, 0, 0])
     palette.info["transparency"] = 0
     for image in [clear, palette, Image.new("LA", (8, 8), (0, 0))]:
-        assert np.array_equal(np.asarray(pipeline.open_image(image)), expected)
-    half = np.asarray(pipeline.open_image(Image.new("RGBA", (8, 8), (0, 0, 0, 128))))
+        assert np.array_equal(np.asarray(images.open_image(image)), expected)
+    half = np.asarray(images.open_image(Image.new("RGBA", (8, 8), (0, 0, 0, 128))))
     assert np.array_equal(half, np.full((8, 8, 3), 127, np.uint8))
 
 
@@ -164,9 +166,9 @@ def test_grey_and_16_bit_pictures(tmp_path):
     Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     for given in [Image.fromarray(ramp), ramp, ramp[:, :, None], tmp_path / "deep.png",
                   Image.fromarray(ramp.astype(np.int32) * 257), Image.fromarray(ramp.astype(np.uint16) * 257)]:
-        assert np.array_equal(np.asarray(pipeline.open_image(given)), expected)
-    assert np.asarray(pipeline.open_image(Image.new("1", (8, 8), 1))).min() == 255
-    assert np.asarray(pipeline.open_image(Image.new("CMYK", (8, 8), 0))).min() == 255
+        assert np.array_equal(np.asarray(images.open_image(given)), expected)
+    assert np.asarray(images.open_image(Image.new("1", (8, 8), 1))).min() == 255
+    assert np.asarray(images.open_image(Image.new("CMYK", (8, 8), 0))).min() == 255
 
 
 def test_the_input_image_is_resized(draw):
@@ -264,18 +266,18 @@ def test_a_missing_model_is_named(models, tokenizer, name):
 
 def test_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     image = np.zeros((8, 8, 3), np.uint8)
-    pipeline.save_picture(image, tmp_path / "a.png", "a prompt: café, 猫")
+    images.save_picture(image, tmp_path / "a.png", "a prompt: café, 猫")
     assert Image.open(tmp_path / "a.png").text["parameters"] == "a prompt: café, 猫"
     before = (tmp_path / "a.png").read_bytes()
     with pytest.raises(FileExistsError, match="a.png: exists already"):
-        pipeline.save_picture(image + 1, tmp_path / "a.png", "")
+        images.save_picture(image + 1, tmp_path / "a.png", "")
 
     def fail(*paths):
         raise OSError("disk full")
 
-    monkeypatch.setattr(pipeline.os, "replace", fail)
+    monkeypatch.setattr(images.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        pipeline.save_picture(image + 1, tmp_path / "a.png", "", overwrite=True)
+        images.save_picture(image + 1, tmp_path / "a.png", "", overwrite=True)
     assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
@@ -313,7 +315,7 @@ def test_an_inpainting_unet_is_refused(models, tokenizer):
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, ROOT / "pipeline.py", *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, ROOT / "cli.py", *map(str, arguments)], capture_output=True, text=True)
 
 
 def test_command_line_writes_a_picture_and_never_overwrites(checkpoint, tmp_path):
@@ -357,14 +359,14 @@ def test_command_line_mistakes_get_one_line(arguments, message, tmp_path):
 
 
 def test_help_imports_nothing_heavy():
-    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "pipeline.py", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "cli.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--cfg-scale" in done.stdout
     assert not any(name in done.stderr for name in ["torch", "transformers", "numpy", "PIL"])
 
 
 def test_help_names_every_sampler():
     help_text = run("--help").stdout.replace("\n", " ")
-    assert all(name in help_text for name in SAMPLERS) and set(pipeline.WEB_UI_NAMES) == set(SAMPLERS)
+    assert all(name in help_text for name in SAMPLERS) and set(cli.WEB_UI_NAMES) == set(SAMPLERS)
 
 
 # ---- fewer and cheaper steps
@@ -386,7 +388,7 @@ def test_guidance_interval_is_guidance_in_some_steps(draw, diffusers_parts, toke
             without = unet(latents, timestep, uncond).sample
             eps = without + 5.0 * (eps - without)
         latents = scheduler.step(eps, timestep, latents).prev_sample
-    expected = pipeline.to_uint8(diffusers_parts["vae"].decode(latents / 0.18215).sample)[0]
+    expected = images.to_uint8(diffusers_parts["vae"].decode(latents / 0.18215).sample)[0]
     result = draw(cfg_scale=5.0, n_inference_steps=10, guidance_interval=interval)
     assert abs(result.astype(int) - expected.astype(int)).max() <= 1
 

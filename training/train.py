@@ -40,7 +40,8 @@ from diffusion import Diffusion, DiffusionConfig
 from encoder import LATENT_SCALE, EncoderConfig, VAE_Encoder
 from model_converter import to_standard_weights
 from model_loader import load_tokenizer, preload_models_from_standard_weights
-from pipeline import generate, get_time_embedding, to_uint8, tokenize
+from images import to_uint8
+from pipeline import generate, get_time_embedding, tokenize
 from training import emoji
 
 RUNS = ROOT / "training" / "runs"
