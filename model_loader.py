@@ -7,6 +7,7 @@ import torch
 
 from cpu import packed
 from cpu.attention import onednn_computes
+from cpu.threads import use_one_thread
 from model_converter import read_networks
 
 ROOT = Path(__file__).resolve().parent
@@ -45,6 +46,8 @@ def preload_models_from_standard_weights(path, device, dtype="auto", use_ema=Tru
     modules = read_networks(path, device, dtype, use_ema, packed.pack if pack else None)
     for network, module in modules.items():
         module.eval()
+        if device.type == "cpu":
+            use_one_thread(module)
         if device.type == "cuda":
             module.to(memory_format=torch.channels_last)  # what the tensor cores' convolutions read
         if compile and network in ("diffusion", "decoder"):
