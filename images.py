@@ -24,12 +24,13 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 # ---- pictures in
 
 
-def open_image(image) -> Image.Image:
+def open_image(image, name: str = "input_image") -> Image.Image:
     """Returns a picture as it is seen: upright, its colour profile converted to sRGB, transparency on white.
 
     Args:
         image: a path or an open binary file; a PIL image; an array or tensor, (h, w) or (h, w, 1, 3 or 4), uint8,
             uint16 or floats in [0, 1].
+        name: what errors call it, unless it is a file.
 
     Returns:
         A PIL image in RGB.
@@ -38,24 +39,29 @@ def open_image(image) -> Image.Image:
         FileNotFoundError: there is no such file.
         ValueError: it is no picture, or damaged.
     """
-    name = "input_image"
-    if isinstance(image, (str, os.PathLike, io.IOBase)):
-        name, image = load_file(image)
-    elif isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
-        image = array_to_image((image.float() if image.is_floating_point() else image).numpy())
-    elif isinstance(image, (list, tuple)):
-        raise ValueError(f"input_image is a {type(image).__name__} of {len(image)}; give one picture: a path, a PIL image, "
-                         f"an array or a tensor")
-    elif not isinstance(image, Image.Image):
-        image = array_to_image(np.asarray(image))
+    name, image = as_image(image, name)
     with one_line(name):
-        if 0 in image.size:
-            raise ValueError("it is empty")
         image = ImageOps.exif_transpose(image)
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
         rgb = convert_to_srgb(image, name)
         return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha) if alpha else rgb
+
+
+def as_image(image, name="input_image"):
+    """Returns the name and the PIL image, of any mode, of what `open_image` takes."""
+    if isinstance(image, (str, os.PathLike, io.IOBase)):
+        return load_file(image, name)
+    if isinstance(image, (list, tuple)):
+        raise ValueError(f"{name} is a {type(image).__name__} of {len(image)}; give one picture: a path, a PIL image, an "
+                         f"array or a tensor")
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    if not isinstance(image, Image.Image):
+        image = array_to_image(np.asarray(image), name)
+    if 0 in image.size:
+        raise ValueError(f"{name} is {image.width}x{image.height} pixels; give a picture that has some")
+    return name, image
 
 
 def read_parameters(path) -> dict:
@@ -70,9 +76,8 @@ def read_parameters(path) -> dict:
     """
     name, image = load_file(path)
     with one_line(name):
-        text = image.info.get("parameters") or image.getexif().get_ifd(0x8769).get(0x9286)
-    if not text and image.format == "GIF":
-        text = image.info.get("comment")
+        text = (image.info.get("parameters") or image.getexif().get_ifd(0x8769).get(0x9286)
+                or image.format == "GIF" and image.info.get("comment"))
     if isinstance(text, bytes):
         text = text.removeprefix(b"ASCII\0\0\0")
         is_utf_16 = text.startswith(b"UNICODE\0")
@@ -82,10 +87,10 @@ def read_parameters(path) -> dict:
     return parse_parameters(text)
 
 
-def load_file(file):
+def load_file(file, name="input_image"):
     """Returns the name of a file, given by path or open, and the PIL image in it, as it is stored."""
     is_path = isinstance(file, (str, os.PathLike))
-    name = os.fspath(file) if is_path else getattr(file, "name", "input_image")
+    name = os.fspath(file) if is_path else getattr(file, "name", name)
     if is_path and not os.path.isfile(file):
         raise FileNotFoundError(f"{name}: no such image; give the path of a picture file")
     with one_line(name), Image.open(file, formats=FORMATS) as image:
@@ -108,13 +113,13 @@ def convert_to_srgb(image, name):
     profile = image.info.get("icc_profile")
     if image.mode == "F":
         values = np.asarray(image)  # in [0, 1], or as Pillow makes them of 8 bits
-        image = array_to_image(values / 255 if values.max() > 1 else values)
+        image = array_to_image(values / 255 if values.max() > 1 else values, name)
     elif image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(f"it has values from {values.min()} to {values.max()}; they must lie in [0, 65535]")
         is_8_bit = image.mode == "I" and values.max() <= 255
-        image = array_to_image(values.astype(np.uint8 if is_8_bit else np.uint16))
+        image = array_to_image(values.astype(np.uint8 if is_8_bit else np.uint16), name)
     if profile:
         mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
         try:
@@ -125,7 +130,7 @@ def convert_to_srgb(image, name):
     return image.convert("RGB")
 
 
-def array_to_image(array, name="input_image"):
+def array_to_image(array, name):
     """Returns a uint8, uint16 or float [0, 1] array, (h, w) or (h, w, 1, 3 or 4), as a PIL image."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
