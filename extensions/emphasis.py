@@ -4,8 +4,8 @@
     image = generate(context=context, models=models)
 
 `(words)` weighs words by 1.1, `(words:1.3)` by 1.3, `[words]` by 1 / 1.1; `\\(` and `\\[` are brackets of the text, and
-`BREAK` begins another chunk of 75 tokens. `[apple:pear:0.5]` changes after half of the steps, `[apple:pear:8]` after eight,
-`[apple|pear]` with every step. The grammar is that of AUTOMATIC1111's web UI, v1.10.
+`BREAK` begins another chunk of 75 tokens. `[apple:pear:0.5]` changes after half of the steps, `[apple:pear:8]` after
+eight, `[apple|pear]` with every step. The grammar is that of AUTOMATIC1111's web UI, v1.10.
 """
 
 import functools
@@ -81,7 +81,7 @@ def to_weight(text, prompt):
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{text!r} is no weight, in the prompt {prompt!r:.80}; give a number, as in (red:1.2)") from None
+        raise ValueError(f"{text!r} is no weight, in the prompt {prompt!r:.80}; give a number, as (red:1.2)") from None
 
 
 # A bracket with a number before its end is one part: whether it is prompt editing shows there.
@@ -91,9 +91,9 @@ EDITS = re.compile(r"\\.|:\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]
 def at_step(prompt: str, step: int, n_steps: int) -> str:
     """Resolves prompt editing.
 
-    `[a:b:when]` is a, then b; `[b:when]` is nothing, then b; `[a::when]` is a, then nothing. A `when` with a point is a share
-    of the steps, and one without it how many steps a lasts. `[a|b|c]` is one after the other, a step each. A bracket
-    that is none of these stays as it is, and a prompt with a `|` anywhere else does as a whole.
+    `[a:b:when]` is a, then b; `[b:when]` is nothing, then b; `[a::when]` is a, then nothing. A `when` with a point is a
+    share of the steps, and one without it how many steps a lasts. `[a|b|c]` is one after the other, a step each. A
+    bracket that is none of these stays as it is, and a prompt with a `|` anywhere else does as a whole.
 
     Args:
         prompt: the text.
@@ -103,7 +103,8 @@ def at_step(prompt: str, step: int, n_steps: int) -> str:
     Returns:
         The prompt as it reads in this step; the same text if there is nothing to edit.
     """
-    groups = [["", ""]]  # the open brackets, innermost last, in the prompt as the first: a bracket, then texts and | or :
+    # What is open, the prompt itself first: a bracket, then texts with | or : between them.
+    groups = [["", ""]]
     for match in EDITS.finditer(prompt):
         part, when = match.group(0), match.group(1)
         bracket, _, *rest = group = groups[-1]
@@ -138,8 +139,8 @@ def encode_weighted(prompts: str | list[str], uncond_prompts: str | list[str], c
                     ) -> Tensor | Callable[[int, int], Tensor]:
     """Returns the context of some prompts, followed by that of what guidance is to stay away from.
 
-    A prompt is encoded in chunks of 75 tokens, and all get as many chunks as the longest. A weight multiplies the vectors of
-    its tokens, whereupon the chunk's are scaled to have the mean that they had before.
+    A prompt is encoded in chunks of 75 tokens, and all get as many chunks as the longest. A weight multiplies the
+    vectors of its tokens, whereupon the chunk's are scaled to have the mean that they had before.
 
     Args:
         prompts: one a picture.
@@ -150,18 +151,18 @@ def encode_weighted(prompts: str | list[str], uncond_prompts: str | list[str], c
             `textual_inversion.load_embedding` returns both.
         clip_skip: which layer to encode with, from the last, 1, to the first.
         mask_padding: have the pictures attend to the words, and each chunk's start and first end token, alone. A model
-            that was not trained so, as SD 1.x, draws other and often worse pictures: the padding's vectors hold the gist
-            of the prompt, and it is used to find them. Where prompts are not of one length, each is repeated until they
-            are: attention to a prompt is the same however often it stands there. That takes time if the lengths have no
-            common factor.
+            that was not trained so, as SD 1.x, draws other and often worse pictures: it has learned to look at the
+            padding, whose vectors know the whole prompt. Where prompts are not of one length, each is repeated until
+            they are: attention to a prompt is the same however often it stands there. That takes time if the lengths
+            have no common factor.
 
     Returns:
-        (prompts and uncond_prompts, 77 * chunks, 768) on the text encoder's device, in its dtype; with mask_padding as many
-        tokens as it takes. With prompt editing a function context(step, n_steps) that returns it, and encodes what it has
-        not before when it is called.
+        (prompts and uncond_prompts, 77 * chunks, 768) on the text encoder's device, in its dtype; with mask_padding as
+        many tokens as it takes. With prompt editing a function context(step, n_steps) that returns it, and encodes
+        when it is called what it has not encoded before.
 
     Raises:
-        ValueError: an argument is out of range, or a prompt holds what cannot be done: `AND`, or a weight that is no number.
+        ValueError: an argument is out of range, or a prompt holds `AND` or a weight that is no number.
     """
     model_loader.check_tokenizer(tokenizer, clip.config.n_vocab)
     texts = check_texts(prompts, uncond_prompts)
@@ -190,15 +191,15 @@ def check_texts(prompts, uncond_prompts):
         uncond_prompts = [uncond_prompts] * len(prompts)
     texts = [*prompts, *uncond_prompts]
     if not prompts or len(texts) not in (len(prompts), 2 * len(prompts)):
-        raise ValueError(f"there are {len(prompts)} prompts and {len(texts) - len(prompts)} uncond_prompts; give a prompt or "
-                         f"more, and of uncond_prompts one for all, as many, or []")
+        raise ValueError(f"there are {len(prompts)} prompts and {len(texts) - len(prompts)} uncond_prompts; give one "
+                         f"prompt or more, and of uncond_prompts one for all, as many, or []")
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"a prompt is {text!r:.80}; give texts")
     for text in prompts:  # to the web UIs, too, what follows is plain text in a negative prompt
         if re.search(r"\bAND\b", text):
-            raise ValueError(f"AND, which composes several prompts, is not supported, in the prompt {text!r:.80}; write "
-                             f"'and' for the word, or a comma")
+            raise ValueError(f"AND, which composes several prompts, is not supported, in the prompt {text!r:.80}; "
+                             f"write 'and' for the word, or a comma")
         for tag in re.findall(r"<\w+:[^>]+>", text):
             warnings.warn(f"{tag} is read as words; extensions/lora.py adds a LoRA, on the command line this does too",
                           stacklevel=3)
@@ -211,24 +212,25 @@ def make_splitter(tokenizer, embeddings, config):
     for name, vectors in embeddings.items():
         vectors = torch.atleast_2d(torch.as_tensor(vectors))  # (n, d_embed)
         if vectors.ndim != 2 or vectors.shape[1] != config.d_embed:
-            raise ValueError(f"the embedding {name!r} has the shape {tuple(vectors.shape)}, which does not fit this text "
-                             f"encoder; it takes (n, {config.d_embed})")
+            raise ValueError(f"the embedding {name!r} has the shape {tuple(vectors.shape)}, which does not fit this "
+                             f"text encoder; it takes (n, {config.d_embed})")
         if not 0 < len(vectors) <= config.n_tokens - 2:
-            raise ValueError(f"the embedding {name!r} has {len(vectors)} vectors; a chunk takes 1 to {config.n_tokens - 2}")
+            raise ValueError(f"the embedding {name!r} has {len(vectors)} vectors; a chunk takes 1 to "
+                             f"{config.n_tokens - 2}")
         found.append((tokenizer(name, add_special_tokens=False).input_ids, vectors))
         if not found[-1][0]:
             raise ValueError(f"the embedding's name {name!r} has no letters; give it another")
     found.sort(key=lambda item: -len(item[0]))
     # Names such as <cat> would become one token with a comma after them, so they are set apart first.
-    marked = sorted((re.escape(name) for name in embeddings if not (name[0] + name[-1]).isalnum()), key=len, reverse=True)
-    marked = re.compile(f"({'|'.join(marked) or '(?!)'})", re.IGNORECASE)
+    marked = sorted((name for name in embeddings if not (name[0] + name[-1]).isalnum()), key=len, reverse=True)
+    marked = re.compile(f"({'|'.join(map(re.escape, marked)) or '(?!)'})", re.IGNORECASE)
 
     def split(text: str) -> Iterator[list]:
         ids = sum(tokenizer(marked.split(text), add_special_tokens=False, verbose=False).input_ids, [])
         while ids:
-            n, vectors = next(((len(name), vectors) for name, vectors in found if ids[: len(name)] == name), (1, [None]))
+            name, vectors = next((pair for pair in found if ids[: len(pair[0])] == pair[0]), (ids[:1], [None]))
             yield [(ids[0], vector) for vector in vectors]
-            ids = ids[n:]
+            ids = ids[len(name) :]
 
     return split
 
@@ -300,6 +302,7 @@ def without_padding(z, rows):
     n_tokens = math.lcm(*map(len, kept))
     limit = z.shape[2] ** 2  # what any two chunks can come to
     if n_tokens > limit:
-        raise ValueError(f"without padding, prompts of {', '.join(str(len(row)) for row in kept)} tokens would have to be "
-                         f"repeated to {n_tokens}, and {limit} is the most; draw them one at a time, or add a word")
+        lengths = ", ".join(str(len(row)) for row in kept)
+        raise ValueError(f"without padding, prompts of {lengths} tokens would have to be repeated to {n_tokens}, and "
+                         f"{limit} is the most; draw them one at a time, or add a word to one")
     return torch.stack([row.repeat(n_tokens // len(row), 1) for row in kept])
