@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from attention import onednn_computes
 from cpu import packed
+from cpu.attention import onednn_computes
 from model_converter import read_networks
 
 ROOT = Path(__file__).resolve().parent
