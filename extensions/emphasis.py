@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import model_loader
+from pipeline import device_of
 
 COMMA_BACKTRACK = 20  # a comma at most so many tokens before the end of a chunk ends it instead
 
@@ -226,7 +227,8 @@ def make_splitter(tokenizer, embeddings, config):
     marked = re.compile(f"({'|'.join(map(re.escape, marked)) or '(?!)'})", re.IGNORECASE)
 
     def split(text: str) -> Iterator[list]:
-        ids = sum(tokenizer(marked.split(text), add_special_tokens=False, verbose=False).input_ids, [])
+        parts = tokenizer(marked.split(text), add_special_tokens=False, verbose=False).input_ids
+        ids = [token for part in parts for token in part]
         while ids:
             name, vectors = next((pair for pair in found if ids[: len(pair[0])] == pair[0]), (ids[:1], [None]))
             yield [(ids[0], vector) for vector in vectors]
@@ -266,7 +268,6 @@ def split_chunks(prompt, split, size):
 def encode_chunks(chunks, clip, tokenizer, clip_skip):
     """Returns (chunks, 77, d_embed), weighted, for lists of (token id, vector or None, weight)."""
     n_tokens = clip.config.n_tokens
-    device = next((weight.device for weight in clip.parameters()), "cpu")
     tokens = torch.full((len(chunks), n_tokens), tokenizer.eos_token_id)
     weights = torch.ones(len(chunks), n_tokens)
     tokens[:, 0] = tokenizer.bos_token_id
@@ -277,6 +278,7 @@ def encode_chunks(chunks, clip, tokenizer, clip_skip):
             if vector is not None:
                 vectors[row, column] = vector
 
+    device = device_of(clip)
     tokens, weights = tokens.to(device), weights.to(device)
     if vectors or clip_skip > 1:
         x = clip.token_embedding(tokens).clone()  # (chunks, 77, d_embed)

@@ -86,8 +86,7 @@ def check_vectors(vectors, path):
     vectors = torch.atleast_2d(vectors.detach()).float()
     for width, model in [(1024, "SD 2"), (1280, "SDXL")]:
         if vectors.shape[1] == width:
-            raise CheckpointError(f"{path}: found an embedding for {model} ({width} wide); expected one for SD 1.x (768 "
-                                  f"wide)")
+            raise CheckpointError(f"{path}: found an embedding for {model} ({width}); expected one for SD 1.x (768)")
     if not vectors.isfinite().all():
         raise CheckpointError(f"{path}: found NaN or infinity in the vectors; expected numbers")
     return vectors
@@ -118,7 +117,7 @@ def to_tensor(entry):
 def read_strips(pixels):
     """Returns the JSON that the low bits of pixels (h, w, 3) hold.
 
-    On the left there is the low half of each byte, on the right the high half; black columns part them from the picture.
+    On the left is the low half of each byte, on the right the high half; black columns part them from the picture.
     """
     lit = (pixels > 0).all(axis=2)
     rows, columns = lit.any(axis=1).nonzero()[0], lit.any(axis=0).nonzero()[0]
