@@ -127,7 +127,7 @@ def read_strips(pixels):
     unpacker = zlib.decompressobj()
     content = unpacker.decompress((high << 4 | low).tobytes(), MOST_BYTES)  # after it, the same bytes fill the strips
     if not unpacker.eof:
-        raise ValueError("it is cut off")
+        raise ValueError("it is too long or cut off")
     return content
 
 
