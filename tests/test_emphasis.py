@@ -1,3 +1,4 @@
+import copy
 import json
 import random
 import re
@@ -7,6 +8,8 @@ from types import SimpleNamespace
 import oracle
 import pytest
 import torch
+from compel import Compel
+from compel.embeddings_provider import SplitLongTextMode
 from torch import nn
 
 from extensions.emphasis import at_step, encode_weighted, parse
@@ -20,6 +23,11 @@ EMBEDDING = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def clip_oracle(weights):
+    return oracle.clip_oracle(weights)
 
 
 @pytest.fixture
@@ -93,17 +101,16 @@ def test_random_texts_neither_fail_nor_change_without_editing():
 # ---- chunks
 
 
-def shorten(case):
-    """Replaces the made-up words of a case by words that are one token each: w0, w1, … emb."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    return re.sub(r"\b([wv])(\d+)\b", lambda match: letters[int(match[2]) % 26], case)
+def shorten(text):
+    """Replaces w0, w1, … in a case by letters, which are one token each."""
+    return re.sub(r"\b[wv](\d+)\b", lambda match: "abcdefghijklmnopqrstuvwxyz"[int(match[1]) % 26], text)
 
 
 @pytest.mark.parametrize("case", CASES["chunks"], ids=lambda case: case["case"])
 def test_chunks(case, tokenizer):
     recorder = Recorder()
     encode_weighted(shorten(case["prompt"]), [], recorder, tokenizer)
-    expected = [[token for word in chunk for token in tokenizer(shorten(word)).input_ids[1:-1]] for chunk in case["chunks"]]
+    expected = [tokenizer(shorten(" ".join(chunk))).input_ids[1:-1] for chunk in case["chunks"]]
     assert recorder.chunks == [[49406, *chunk, *[49407] * (76 - len(chunk))] for chunk in expected]
 
 
@@ -123,19 +130,16 @@ def test_an_embedding_after_a_comma_moves_with_its_vectors(encode):
 
 def test_weights_move_with_their_words(encode):
     words = "dog " * 69 + ", "
-    context, expected = encode(words + "(cat cat cat cat cat cat:1.3)"), encode(words + "BREAK (cat cat cat cat cat cat:1.3)")
-    assert torch.equal(context, expected)
+    context = encode(words + "(cat cat cat cat cat cat:1.3)")
+    assert torch.equal(context, encode(words + "BREAK (cat cat cat cat cat cat:1.3)"))
     assert not torch.equal(context, encode(words + "cat cat cat cat cat cat"))
 
 
 @pytest.mark.parametrize("n_words", [3, 75, 76, 200])
-def test_long_prompts_equal_compel(weights, encode, tokenizer, n_words):
-    from compel import Compel
-    from compel.embeddings_provider import SplitLongTextMode
+def test_long_prompts_equal_compel(clip_oracle, encode, tokenizer, n_words):
     draw = random.Random(n_words)
-    prompt = " ".join(draw.choices("red apple on a wooden table with bright flowers under the sky".split(), k=n_words))
-    oracle_tokenizer = load_tokenizer()
-    compel = Compel(oracle_tokenizer, oracle.clip_oracle(weights), truncate_long_prompts=False,
+    prompt = " ".join(draw.choices(["red", "apple", "on", "a", "wooden", "table", "."], k=n_words))
+    compel = Compel(tokenizer, clip_oracle, truncate_long_prompts=False,
                     split_long_text_mode=SplitLongTextMode.BRUTAL)
     torch.testing.assert_close(encode(prompt), compel(prompt), atol=1e-5, rtol=0)
 
@@ -171,7 +175,8 @@ def test_the_mean_of_each_chunk_stays(encode, prompt):
 
 
 def test_weights_of_one_change_no_bit(models, tokenizer, encode):
-    assert torch.equal(encode("a (red:1) fox", "a cat"), encode_prompts(["a red fox"], ["a cat"], models["clip"], tokenizer))
+    expected = encode_prompts(["a red fox"], ["a cat"], models["clip"], tokenizer)
+    assert torch.equal(encode("a (red:1) fox", "a cat"), expected)
 
 
 def test_a_prompt_in_a_batch_is_as_it_is_alone(encode):
@@ -182,7 +187,6 @@ def test_a_prompt_in_a_batch_is_as_it_is_alone(encode):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_its_dtype(models, tokenizer, encode, dtype):
-    import copy
     clip = copy.deepcopy(models["clip"]).to(dtype)
     context = encode_weighted("a (red:1.3) fox", [], clip, tokenizer, {"fox": EMBEDDING})
     assert context.dtype == dtype
@@ -194,11 +198,10 @@ def test_half_precision_keeps_its_dtype(models, tokenizer, encode, dtype):
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2])
-def test_clip_skip_equals_transformers(weights, tokenizer, encode, clip_skip):
-    clip = oracle.clip_oracle(weights)
+def test_clip_skip_equals_transformers(clip_oracle, tokenizer, encode, clip_skip):
     tokens = tokenizer("a red fox", padding="max_length", max_length=77, return_tensors="pt").input_ids
-    hidden = clip(tokens, output_hidden_states=True).hidden_states[-clip_skip]
-    expected = getattr(clip, "text_model", clip).final_layer_norm(hidden)
+    hidden = clip_oracle(tokens, output_hidden_states=True).hidden_states[-clip_skip]
+    expected = getattr(clip_oracle, "text_model", clip_oracle).final_layer_norm(hidden)
     torch.testing.assert_close(encode("a red fox", clip_skip=clip_skip), expected, atol=1e-5, rtol=0)
 
 
@@ -232,7 +235,7 @@ def test_each_text_is_encoded_once(models, tokenizer):
 
 
 def test_pictures_are_drawn(models, tokenizer, encode):
-    settings = {"models": models, "n_inference_steps": 4, "seed": 3, "height": 64, "width": 64, "sampler_name": "ddim",
+    settings = {"models": models, "n_inference_steps": 2, "seed": 3, "height": 64, "width": 64, "sampler_name": "ddim",
                 "progress": False}
     image = generate(context=encode("a [cat:dog:0.5]", "blurry"), **settings)
     late, early = (generate(context=encode(prompt, "blurry"), **settings) for prompt in ("a cat", "a dog"))
@@ -283,21 +286,15 @@ def test_without_padding_takes_no_more_tokens_than_needed(encode):
 
 
 @pytest.mark.parametrize("prompt, expected", [
-    ("an emb", "an {}"), ("an EMB, red", "an {}, red"), ("an embassy", "an embassy"), ("an (emb:1.2) x", "an ({}:1.2) x"),
-    ("an em(b)", "an em(b)"), ("my big emb", "my {}"), ("emb emb", "{} {}"), ("an <emb>.", "an {}."), ("x<EMB>y", "x{}y"),
+    ("an emb", "an {}"), ("an EMB, red", "an {}, red"), ("an embassy", "an embassy"), ("(emb:1.2) x", "({}:1.2) x"),
+    ("an em(b)", "an em(b)"), ("my big emb", "my {}"), ("emb emb", "{} {}"), ("a <emb>.", "a {}."), ("x<EMB>y", "x{}y"),
 ])
-def test_names_are_found_in_prompts(encode, prompt, expected):
+def test_names_are_found_in_prompts(models, tokenizer, encode, prompt, expected):
     """The vectors of the embedding are those of words, so that these can be written in its place."""
-    embeddings = {name: "red fox jumps" for name in ("emb", "big emb", "<emb>")}
-    vectors = encode.__closure__ and rows_of("red fox jumps", encode)
-    context = encode(prompt, embeddings=dict.fromkeys(embeddings, vectors))
+    words = torch.tensor(tokenizer("red fox jumps").input_ids[1:-1])
+    embeddings = dict.fromkeys(["emb", "big emb", "<emb>"], models["clip"].token_embedding(words))
+    context = encode(prompt, embeddings=embeddings)
     torch.testing.assert_close(context, encode(expected.replace("{}", " red fox jumps ")))
-
-
-def rows_of(words, encode):
-    clip, tokenizer = (cell.cell_contents for cell in sorted(encode.__closure__, key=lambda cell: isinstance(
-        cell.cell_contents, dict), reverse=True))
-    return clip["clip"].token_embedding(torch.tensor(tokenizer(words).input_ids[1:-1]))
 
 
 # ---- what is refused

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
@@ -18,6 +19,11 @@ from extensions.textual_inversion import find_embeddings, load_embedding
 from model_loader import load_tokenizer
 
 VECTORS = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
 
 
 def web_ui(vectors=VECTORS, name="stored"):
@@ -189,9 +195,8 @@ def test_a_folder_is_searched(tmp_path):
 
 
 def encode_by_transformers(weights, tokenizer, prompt, name, vectors):
-    """As diffusers does: a token is added for each vector, its row put into a larger token embedding, and the name in the
-    prompt replaced by the tokens."""
-    from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
+    """As diffusers does: a token is added for each vector, its row put into a larger token embedding, and the name in
+    the prompt replaced by the tokens."""
     names = [name] + [f"{name}_{i}" for i in range(1, len(vectors))]
     tokenizer.add_tokens(names)
     model = oracle.clip_oracle(weights)
@@ -203,20 +208,18 @@ def encode_by_transformers(weights, tokenizer, prompt, name, vectors):
     return model(tokens.masked_fill(tokens == tokenizer.pad_token_id, 49407)).last_hidden_state
 
 
-@pytest.mark.parametrize("vectors", [VECTORS[:1], VECTORS, VECTORS[0]], ids=["one", "three", "flat"])
-@pytest.mark.parametrize("name, prompt", [("<cat-toy>", "a photo of <cat-toy>, on grass"),
-                                          ("<cat-toy>", "<cat-toy>"),
-                                          ("easynegative", "a photo of easynegative on easynegative")])
-def test_equals_a_text_encoder_with_more_tokens(models, weights, name, prompt, vectors):
-    context = encode_weighted(prompt, [], models["clip"], load_tokenizer(), {name: vectors})
+@pytest.mark.parametrize("name, prompt, vectors", [("<cat-toy>", "a photo of <cat-toy>, on grass", VECTORS),
+                                                   ("<toy>", "<toy>", VECTORS[0]),
+                                                   ("easyneg", "a photo of easyneg on easyneg", VECTORS[:1])])
+def test_equals_a_text_encoder_with_more_tokens(models, weights, tokenizer, name, prompt, vectors):
+    context = encode_weighted(prompt, [], models["clip"], tokenizer, {name: vectors})
     expected = encode_by_transformers(weights, load_tokenizer(), prompt, name, torch.atleast_2d(vectors))
     torch.testing.assert_close(context, expected, atol=1e-5, rtol=0)
-    plain = encode_weighted(prompt, [], models["clip"], load_tokenizer())
+    plain = encode_weighted(prompt, [], models["clip"], tokenizer)
     assert (context - plain).abs().max() > 0.1
 
 
-def test_neither_tokenizer_nor_text_encoder_change(models):
-    tokenizer = load_tokenizer()
+def test_neither_tokenizer_nor_text_encoder_change(models, tokenizer):
     before = {name: weight.clone() for name, weight in models["clip"].state_dict().items()}
     seen = []
     hook = models["clip"].token_embedding.register_forward_hook(lambda *args: seen.append((args[2], args[2].clone())))
