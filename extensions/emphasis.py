@@ -197,6 +197,7 @@ def check_texts(prompts, uncond_prompts):
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"a prompt is {text!r:.80}; give texts")
+        parse(text)  # a weight that is no number is seen here, not in the middle of a picture
     for text in prompts:  # to the web UIs, too, what follows is plain text in a negative prompt
         if re.search(r"\bAND\b", text):
             raise ValueError(f"AND, which composes several prompts, is not supported, in the prompt {text!r:.80}; "
@@ -209,32 +210,34 @@ def check_texts(prompts, uncond_prompts):
 
 def make_splitter(tokenizer, embeddings, config):
     """Returns a function that splits a text into words: lists of (token id, None), or of (token id, vector)."""
-    found = []  # (token ids of a name, its vectors), longest first
-    for name, vectors in embeddings.items():
-        vectors = torch.atleast_2d(torch.as_tensor(vectors))  # (n, d_embed)
-        if vectors.ndim != 2 or vectors.shape[1] != config.d_embed:
-            raise ValueError(f"the embedding {name!r} has the shape {tuple(vectors.shape)}, which does not fit this "
-                             f"text encoder; it takes (n, {config.d_embed})")
-        if not 0 < len(vectors) <= config.n_tokens - 2:
-            raise ValueError(f"the embedding {name!r} has {len(vectors)} vectors; a chunk takes 1 to "
-                             f"{config.n_tokens - 2}")
-        found.append((tokenizer(name, add_special_tokens=False).input_ids, vectors))
-        if not found[-1][0]:
-            raise ValueError(f"the embedding's name {name!r} has no letters; give it another")
-    found.sort(key=lambda item: -len(item[0]))
+    names = {name: tokenizer(name, add_special_tokens=False).input_ids for name in embeddings}
+    if not all(names.values()):
+        raise ValueError(f"the names of embeddings are {', '.join(map(repr, names))}; give each one that is not empty")
+    longest_first = sorted(names, key=lambda name: -len(names[name]))
     # Names such as <cat> would become one token with a comma after them, so they are set apart first.
-    marked = sorted((name for name in embeddings if not (name[0] + name[-1]).isalnum()), key=len, reverse=True)
+    marked = sorted((name for name in names if not (name[0] + name[-1]).isalnum()), key=len, reverse=True)
     marked = re.compile(f"({'|'.join(map(re.escape, marked)) or '(?!)'})", re.IGNORECASE)
 
     def split(text: str) -> Iterator[list]:
         parts = tokenizer(marked.split(text), add_special_tokens=False, verbose=False).input_ids
         ids = [token for part in parts for token in part]
         while ids:
-            name, vectors = next((pair for pair in found if ids[: len(pair[0])] == pair[0]), (ids[:1], [None]))
+            name = next((name for name in longest_first if ids[: len(names[name])] == names[name]), None)
+            vectors = [None] if name is None else check_vectors(name, embeddings[name], config)
             yield [(ids[0], vector) for vector in vectors]
-            ids = ids[len(name) :]
+            ids = ids[1 if name is None else len(names[name]) :]
 
     return split
+
+
+def check_vectors(name, vectors, config):
+    """Returns an embedding's vectors (n, d_embed), or raises ValueError. Asked for only where a prompt has the name, as
+    a folder may hold embeddings of other models."""
+    vectors = torch.atleast_2d(torch.as_tensor(vectors))
+    if vectors.ndim == 2 and vectors.shape[1] == config.d_embed and 0 < len(vectors) <= config.n_tokens - 2:
+        return vectors
+    raise ValueError(f"the embedding {name!r} has the shape {tuple(vectors.shape)}, which does not fit this text "
+                     f"encoder; it takes (n, {config.d_embed}), n from 1 to {config.n_tokens - 2}")
 
 
 def split_chunks(prompt, split, size):
@@ -281,6 +284,9 @@ def encode_chunks(chunks, clip, tokenizer, clip_skip):
     device = device_of(clip)
     tokens, weights = tokens.to(device), weights.to(device)
     if vectors or clip_skip > 1:
+        if not hasattr(clip, "transform"):
+            raise ValueError(f"embeddings and clip_skip need the text encoder itself, a clip.CLIP; this is a "
+                             f"{type(clip).__name__}")
         x = clip.token_embedding(tokens).clone()  # (chunks, 77, d_embed)
         for place, vector in vectors.items():
             x[place] = vector.to(x)

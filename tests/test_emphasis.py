@@ -307,14 +307,26 @@ def test_names_are_found_in_prompts(models, tokenizer, encode, prompt, expected)
     ({"prompts": [None]}, "None"),
     ({"prompts": "a", "clip_skip": 0}, "1 to 2"),
     ({"prompts": "a", "clip_skip": 3}, "1 to 2"),
-    ({"prompts": "a", "embeddings": {"emb": torch.zeros(2, 768)}}, r"'emb'.*\(2, 768\).*\(n, 32\)"),
-    ({"prompts": "a", "embeddings": {"emb": torch.zeros(76, 32)}}, "76 vectors.*1 to 75"),
-    ({"prompts": "a", "embeddings": {" ": torch.zeros(1, 32)}}, "name ' '"),
-    ({"prompts": "a", "embeddings": {"": torch.zeros(1, 32)}}, "name ''"),
+    ({"prompts": "an emb", "embeddings": {"emb": torch.zeros(2, 768)}}, r"'emb'.*\(2, 768\).*\(n, 32\)"),
+    ({"prompts": "an emb", "embeddings": {"emb": torch.zeros(76, 32)}}, r"\(76, 32\).*1 to 75"),
+    ({"prompts": "an emb", "embeddings": {"emb": torch.zeros(1, 1, 32)}}, r"\(1, 1, 32\)"),
+    ({"prompts": "a", "embeddings": {" ": torch.zeros(1, 32)}}, "' '.*not empty"),
+    ({"prompts": "a", "embeddings": {"": torch.zeros(1, 32)}}, "''.*not empty"),
+    ({"prompts": "[a:(b:1.2.3):0.5]"}, "no weight"),
 ])
 def test_bad_arguments(encode, settings, expected):
     with pytest.raises(ValueError, match=expected):
         encode(**settings)
+
+
+def test_an_embedding_that_no_prompt_names_may_be_of_another_model(encode):
+    assert torch.equal(encode("a cat", embeddings={"emb": torch.zeros(2, 768)}), encode("a cat"))
+
+
+def test_what_is_only_called_like_the_text_encoder(tokenizer):
+    assert encode_weighted("a (red:1.2) cat", [], Recorder(), tokenizer).shape == (1, 77, 4)
+    with pytest.raises(ValueError, match="Recorder"):
+        encode_weighted("a cat", [], Recorder(), tokenizer, clip_skip=2)
 
 
 def test_and_is_a_word_in_a_negative_prompt_and_in_small_letters(encode):
