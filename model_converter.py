@@ -20,6 +20,8 @@ NETWORKS = {"clip": CLIP, "encoder": VAE_Encoder, "decoder": VAE_Decoder, "diffu
 
 TEXT, VAE, UNET = "cond_stage_model.transformer.text_model.", "first_stage_model.", "model.diffusion_model."
 
+PREFIXES = {"clip": "cond_stage_model.transformer.", "encoder": VAE, "decoder": VAE, "diffusion": UNET}
+
 # The one table between our names and the checkpoint's: for each network, regular expressions applied in turn to a
 # module's name. Our fused projections stand for several modules of the checkpoint, in braces.
 VAE_RULES = [
@@ -70,12 +72,48 @@ RULES = {
     ],
 }
 
+# From the checkpoint's names, without the prefix, to those in diffusers' folders; where `number_levels` has been.
+DIFFUSERS_RULES = {
+    "clip": [],
+    "vae": [
+        (r"(up|down)\.(\d+)\.block\.", r"\1_blocks.\2.resnets."),
+        (r"(up|down)\.(\d+)\.(up|down)sample\.", r"\1_blocks.\2.\3samplers.0."),
+        (r"mid\.block_1", "mid_block.resnets.0"),
+        (r"mid\.block_2", "mid_block.resnets.1"),
+        (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
+        (r"mid\.attn_1\.([qkv])", r"mid_block.attentions.0.to_\1"),
+        (r"mid\.attn_1\.proj_out", "mid_block.attentions.0.to_out.0"),
+        (r"norm_out", "conv_norm_out"),
+        (r"nin_shortcut", "conv_shortcut"),
+    ],
+    "diffusion": [
+        (r"^time_embed\.0", "time_embedding.linear_1"),
+        (r"^time_embed\.2", "time_embedding.linear_2"),
+        (r"^input_blocks\.0\.0", "conv_in"),
+        (r"^middle_block\.0", "mid_block.resnets.0"),
+        (r"^middle_block\.1", "mid_block.attentions.0"),
+        (r"^middle_block\.2", "mid_block.resnets.1"),
+        (r"^out\.0", "conv_norm_out"),
+        (r"^out\.2", "conv_out"),
+        (r"^(down_blocks\.\d+)\.\d+\.0\.op", r"\1.downsamplers.0.conv"),
+        (r"^(up_blocks\.\d+)\.\d+\.\d+\.conv", r"\1.upsamplers.0.conv"),
+        (r"^(\w+_blocks\.\d+)\.(\d+)\.0\.", r"\1.resnets.\2."),
+        (r"^(\w+_blocks\.\d+)\.(\d+)\.1\.", r"\1.attentions.\2."),
+        (r"in_layers\.0", "norm1"),
+        (r"in_layers\.2", "conv1"),
+        (r"emb_layers\.1", "time_emb_proj"),
+        (r"out_layers\.0", "norm2"),
+        (r"out_layers\.3", "conv2"),
+        (r"skip_connection", "conv_shortcut"),
+    ],
+}
+
 # What a checkpoint may hold besides the four networks' weights, within the networks' own prefixes.
 IGNORED = re.compile(r"position_ids$|^cond_stage_model\..*(logit_scale|text_projection|visual)|^first_stage_model\.(?!"
                      r"encoder\.|decoder\.|quant_conv\.|post_quant_conv\.)")
 
 
-def standard_names(network, name):
+def standard_names(network: str, name: str) -> tuple[str, ...]:
     """Returns the checkpoint's names for one of our weights.
 
     Args:
@@ -86,13 +124,47 @@ def standard_names(network, name):
         A tuple of names: one, or three for a fused projection, whose rows are those of the three in turn.
     """
     module, _, kind = name.rpartition(".")
-    for ours, theirs in RULES[network]:
-        module = re.sub(ours, theirs, module)
-    start, brace, rest = module.partition("{")
+    start, brace, rest = substitute(RULES[network], module).partition("{")
     if not brace:
-        return (f"{module}.{kind}",)
+        return (f"{start}.{kind}",)
     choices, _, end = rest.partition("}")
     return tuple(f"{start}{choice}{end}.{kind}" for choice in choices.split(","))
+
+
+def diffusers_names(network: str, name: str, config) -> tuple[str, ...]:
+    """Returns the names that one of our weights has in the state dicts of diffusers' UNet2DConditionModel and
+    AutoencoderKL and of transformers' CLIPTextModel (in its form with `text_model.`).
+
+    Args:
+        network: "clip", "encoder", "decoder" or "diffusion".
+        name: a name in that network's state dict, such as "encoders.1.0.conv_1.weight".
+        config: that network's config; the names of levels and blocks depend on how many there are.
+
+    Returns:
+        A tuple of names, which stand for the same weights as those of `standard_names`, one by one.
+    """
+    prefix = PREFIXES[network]
+    names = (number_levels(network, standard.removeprefix(prefix), config) for standard in standard_names(network, name))
+    return tuple(substitute(DIFFUSERS_RULES["vae" if prefix == VAE else network], name) for name in names)
+
+
+def number_levels(network, name, config):
+    """diffusers counts a UNet's blocks level by level (input_blocks.5 -> down_blocks.1.1), and the levels of a decoder
+    from the lowest resolution."""
+    place = re.match(r"(input_blocks|output_blocks|decoder\.up)\.(\d+)", name)
+    if not place or place[0] == "input_blocks.0":
+        return name
+    side, number = place[1], int(place[2])
+    if side == "decoder.up":
+        return f"decoder.up.{len(config.channels) - 1 - number}" + name[place.end():]
+    level, block = divmod(number - (side == "input_blocks"), config.n_blocks + 1)
+    return f"{'down' if side == 'input_blocks' else 'up'}_blocks.{level}.{block}" + name[place.end():]
+
+
+def substitute(rules, name):
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def ema_name(name):
