@@ -259,7 +259,7 @@ def read_networks(path, device="cpu", dtype=None, use_ema=False, finish=None, va
     `prediction` are as for `model_loader.preload_models_from_standard_weights`.
     """
     weights, metadata = read_model(path, use_ema)
-    mapped = find_mapped(path)
+    mapped = find_mapped()
     origins = {}
     try:
         metadata = {**metadata, **find_prediction(path, weights, metadata, prediction)}
@@ -288,7 +288,7 @@ def read_networks(path, device="cpu", dtype=None, use_ema=False, finish=None, va
 def read_model(path, use_ema=False):
     """Returns (weights by standard name and whatever else there is, metadata) of a file or a diffusers folder."""
     if not Path(path).is_dir():
-        return read_checkpoint(path)
+        return read_checkpoint(path, mapped=True)
     parts, metadata = diffusers_folder.read_folder(path, ("text_encoder", "vae", "unet"), use_ema)
     weights = {}
     for folder, part in parts.items():
@@ -356,7 +356,7 @@ def read_vae(path):
     if Path(path).is_dir():
         parts, metadata = diffusers_folder.read_folder(path, ("vae",))
         return from_diffusers("vae", parts["vae"], path), metadata
-    weights, metadata = read_checkpoint(path)
+    weights, metadata = read_checkpoint(path, mapped=True)
     own = {name: tensor for name, tensor in weights.items() if isinstance(name, str) and name.startswith(VAE)}
     bare = {name: tensor for name, tensor in weights.items() if isinstance(name, str) and
             name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
@@ -383,23 +383,48 @@ def convert(network, module, weights, device, dtype, mapped=(), prefix=""):
     """Takes the weights of a network, or of its part `prefix`, out of `weights` and returns them as the state dict that
     `module` wants.
 
-    `mapped` is what `find_mapped` returned: each tensor's part of it is let go of once there is a copy.
+    What is returned is in memory of its own, not in the file's; the pages of `mapped`, what `find_mapped` returned, are let
+    go of one by one.
     """
     state_dict = {}
     for name, expected in module.state_dict().items():
         names = standard_names(network, prefix + name)
         shape = (expected.shape[0] // len(names), *expected.shape[1:])
         originals = [take(weights, standard_name, shape) for standard_name in names]
-        parts = [to_dtype(original, dtype or original.dtype) for original in originals]
-        for part, standard_name in zip(parts, names):
-            if not all(math.isfinite(extreme) for extreme in part.aminmax()):
-                raise CheckpointError(f"{standard_name} holds NaN or infinite values; expected finite weights")
-        weight = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(device)
-        if weight is not originals[0]:
-            for original in originals:
-                release(original, mapped)
-        state_dict[name] = weight
+        widest = max((original.dtype for original in originals), key=lambda dtype: dtype.itemsize)
+        weight = torch.empty(expected.shape, dtype=dtype or widest, device="cpu")
+        for part, original, standard_name in zip(weight.chunk(len(names)), originals, names):
+            copy(original, part)
+            check_finite(part, original, standard_name)
+            release(original, mapped)
+        state_dict[name] = weight.to(device)
     return state_dict
+
+
+def copy(tensor, target):
+    """`target.copy_(tensor)`; from float16 to bfloat16 by way of float32, as PyTorch's direct way takes thrice the time.
+    """
+    if (tensor.dtype, target.dtype) != (torch.float16, torch.bfloat16):
+        target.copy_(tensor)
+        return
+    for part, target_part in zip(tensor.flatten().split(2**20), target.flatten().split(2**20)):  # stays in the cache
+        target_part.copy_(part.float())
+
+
+def check_finite(tensor, original, name):
+    """Raises CheckpointError if a weight, or what became of it in another dtype, is not finite."""
+    if is_finite(tensor):
+        return
+    if is_finite(original):
+        largest = original.float().abs().max().item()
+        raise CheckpointError(f"{name} holds {largest:.6g}, which {tensor.dtype} cannot hold; load it as float32 or bfloat16")
+    raise CheckpointError(f"{name} holds NaN or infinite values; expected finite weights")
+
+
+def is_finite(tensor):
+    if tensor.dtype.itemsize == 1:  # PyTorch does not compare 8-bit floating point numbers
+        tensor = tensor.float()
+    return all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
 def take(weights, name, shape):
@@ -410,16 +435,6 @@ def take(weights, name, shape):
     if strip_ones(tensor.shape) != strip_ones(shape):
         raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
     return tensor.reshape(shape)
-
-
-def to_dtype(tensor, dtype):
-    """`tensor.to(dtype)`; from float16 to bfloat16 by way of float32, as PyTorch's direct way takes thrice the time."""
-    if (tensor.dtype, dtype) != (torch.float16, torch.bfloat16):
-        return tensor.to(dtype)
-    result = torch.empty(tensor.shape, dtype=dtype)
-    for part, result_part in zip(tensor.flatten().split(2**20), result.flatten().split(2**20)):  # stays in the cache
-        result_part.copy_(part.float())
-    return result
 
 
 def strip_ones(shape):
