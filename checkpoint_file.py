@@ -120,8 +120,9 @@ def read_legacy(file):
             return dtype
         if key not in storages:
             if count * dtype.itemsize + sum(map(len, storages.values())) > len(data):
-                raise CheckpointError("found a truncated PyTorch file; expected a whole one: download it again")
-            storages[key] = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+                raise CheckpointError("found a broken or truncated PyTorch file, shorter than the weights that it speaks "
+                                      "of; expected a whole one: download it again")
+            storages[key] = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
         _, start, count = view or (key, 0, count)
         return storages[key].view(dtype)[start : start + count]
 
@@ -135,8 +136,8 @@ def read_legacy(file):
         storages[key].copy_(data[start : start + len(storages[key])])
         content.seek(start + len(storages[key]))
     if set(storages) - set(listed):
-        raise CheckpointError("found a PyTorch file without some of the weights that it speaks of; expected a whole one: "
-                              "download it again")
+        raise CheckpointError("found a broken PyTorch file, without some of the weights that it speaks of; expected a "
+                              "whole one: download it again")
     return checkpoint
 
 
@@ -161,19 +162,19 @@ def map_file(file):
     return content, torch.frombuffer(content, dtype=torch.uint8)
 
 
-def find_mapped(path):
-    """Returns the addresses (first, end) at which a file is mapped into memory; none where there is no /proc."""
+def find_mapped():
+    """Returns the addresses (first, end) at which files are mapped into memory; none where there is no /proc."""
     try:
         with open("/proc/self/maps", "rb") as file:
             lines = [line.split(maxsplit=5) for line in file]
     except OSError:
         return []
-    name = os.fsencode(os.path.realpath(path)).replace(b"\n", b"\\012") + b"\n"
-    return [tuple(int(address, 16) for address in line[0].split(b"-")) for line in lines if line[5:] == [name]]
+    return [tuple(int(address, 16) for address in line[0].split(b"-")) for line in lines
+            if len(line) == 6 and line[5].startswith(b"/")]
 
 
 def release(tensor, mapped):
-    """Lets go of the pages of a mapped file that hold a tensor, or the file counts as memory in use until all is read.
+    """Lets go of the pages of mapped files that hold a tensor, or the files count as memory in use until all is read.
     They would be read again if they were asked for."""
     page, address = mmap.PAGESIZE, tensor.data_ptr()
     first, end = -(-address // page) * page, (address + tensor.nbytes) // page * page

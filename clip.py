@@ -18,6 +18,7 @@ class CLIPConfig:
     d_mlp: int = 3072
     n_layers: int = 12
     n_heads: int = 12
+    words: tuple[str, ...] = ()  # the words it was trained on, where these are few
 
 
 class CLIPLayer(nn.Module):

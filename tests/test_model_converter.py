@@ -65,6 +65,44 @@ def test_a_fused_projection_holds_queries_keys_and_values_in_turn(weights, check
     assert torch.equal(fused, torch.cat([weights[name] for name in names]))
 
 
+# ---- diffusers' names
+
+
+def diffusers_shapes(network, config):
+    """diffusers' names of a network's weights, and the shapes that they have there (ones at the end left out)."""
+    with torch.device("meta"):
+        state_dict = NETWORKS[network](config).state_dict()
+    shapes = {}
+    for name, weight in state_dict.items():
+        names = model_converter.diffusers_names(network, name, config)
+        for diffusers_name in names:
+            assert diffusers_name not in shapes
+            shapes[diffusers_name] = model_converter.strip_ones((len(weight) // len(names), *weight.shape[1:]))
+    return shapes
+
+
+def shapes_of(model, prefix=""):
+    return {prefix + name: model_converter.strip_ones(weight.shape) for name, weight in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("size", ["full", "tiny", "more blocks and fewer levels"])
+def test_diffusers_names_are_those_of_its_models_one_for_one(size):
+    configs = {"full": {"clip": CLIPConfig(), "encoder": EncoderConfig(), "decoder": DecoderConfig(),
+                        "diffusion": DiffusionConfig()}, "tiny": oracle.TINY,
+               "more blocks and fewer levels": {
+                   "clip": oracle.TINY["clip"], "encoder": EncoderConfig(channels=(16, 32), n_blocks=3, n_groups=8),
+                   "decoder": DecoderConfig(channels=(16, 32), n_blocks=4, n_groups=8),
+                   "diffusion": replace(oracle.TINY["diffusion"], channels=(32, 64), attends=(False, True),
+                                        n_blocks=3)}}[size]
+    with torch.device("meta"):
+        unet, vae, clip = oracle.empty_models(configs)
+    assert diffusers_shapes("diffusion", configs["diffusion"]) == shapes_of(unet)
+    encoder, decoder = (diffusers_shapes(network, configs[network]) for network in ("encoder", "decoder"))
+    assert not encoder.keys() & decoder.keys() and {**encoder, **decoder} == shapes_of(vae)
+    assert diffusers_shapes("clip", configs["clip"]) == shapes_of(clip, "" if hasattr(clip, "text_model") else
+                                                                  "text_model.")
+
+
 # ---- what is read
 
 
@@ -214,7 +252,7 @@ def test_an_absurd_number_in_a_name_is_one_error(tmp_path, weights):
 
 def test_an_object_in_place_of_a_tensor_names_the_key(written, tiny, weights):
     key = f"{UNET}out.0.bias"
-    with pytest.raises(CheckpointError, match=f"{key}' is Placeholder; expected a tensor"):
+    with pytest.raises(CheckpointError, match=f"{key}' is 'argparse.Namespace' object; expected a tensor"):
         load_from_standard_weights(written(spoiled(weights, key, argparse.Namespace(a=1))))
 
 
@@ -236,6 +274,6 @@ def test_bad_metadata(tmp_path, weights, changes, message):
 def test_all_of_float16_becomes_bfloat16_as_pytorch_does_it():
     halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)  # every number there is, NaNs included
     tensor = halves.repeat(40)[: 2**21 + 4].reshape(-1, 3)  # more than one block
-    result = model_converter.to_dtype(tensor, torch.bfloat16)
-    assert result.shape == tensor.shape
+    result = torch.empty_like(tensor, dtype=torch.bfloat16)
+    model_converter.copy(tensor, result)
     torch.testing.assert_close(result, tensor.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
