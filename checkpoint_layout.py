@@ -30,6 +30,7 @@ SPELLINGS = [
     (r"\.attn_1\.group_norm\.", ".attn_1.norm."),
     (r"\.time_embed\.cond_proj\.", ".time_embedding.cond_proj."),
 ]
+LORA, CONTROL = r"^lora_|\.lora_(up|down|A|B)\.", r"^control_model\."
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v", "v_prediction": "v"}
 
 
@@ -40,6 +41,10 @@ def known_weights(weights, use_ema=False, origins=None):
     """
     origins = {} if origins is None else origins
     refuse_other_models(weights)
+    beside = [name for name in weights if re.search(f"{LORA}|{CONTROL}", str(name))]
+    if beside:
+        warnings.warn(f"{beside[0]!r} and {len(beside) - 1} more keys of a LoRA or ControlNet beside the model are not used",
+                      stacklevel=4)
     known = standard_spelling(weights, origins)
     averages = {name: tensor for name, tensor in weights.items()
                 if isinstance(name, str) and name.startswith("model_ema.diffusion_model")}
@@ -131,15 +136,11 @@ def refuse_other_models(weights):
         ("an SD 2.x checkpoint", r"^cond_stage_model\.model\.", False),
         ("an SD 3 or Flux checkpoint", r"joint_blocks\.|double_blocks\.", False),
         ("an autoencoder with a VQ codebook", r"^first_stage_model\.quantize\.", False),
-        ("a LoRA file, which holds changes to a model", r"^lora_|\.lora_(up|down|A|B)\.", True),
-        ("a ControlNet file", r"^control_model\.", True),
+        ("a LoRA file, which holds changes to a model", LORA, True),
+        ("a ControlNet file", CONTROL, True),
         ("weights in the layout of a diffusers folder; give that folder", r"^(down_blocks|up_blocks|mid_block)\.", True),
     ]:
-        beside = [name for name in names if re.search(mark, name)]
-        if beside and whole and may_be_beside:
-            warnings.warn(f"{beside[0]!r} and {len(beside) - 1} more keys beside the model, as in {found}, are not used",
-                          stacklevel=4)
-        elif beside:
+        if any(re.search(mark, name) for name in names) and not (whole and may_be_beside):
             raise CheckpointError(f"found {found}; {expected}")
     if not any(name.startswith((UNET, VAE, "model_ema.diffusion_model")) for name in names):
         some = ", ".join(repr(name) for name in names[:3]) or "no weights"

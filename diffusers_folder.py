@@ -5,6 +5,7 @@ What is in the files of weights is not looked at here; `model_converter.py` know
 
 import json
 import re
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -118,7 +119,8 @@ def read_json(path):
     return content
 
 
-def write_folder(folder, weights: dict[str, dict[str, Tensor]], configs: dict, metadata: dict[str, str], tokenizer) -> None:
+def write_folder(folder, weights: dict[str, dict[str, Tensor]], configs: dict, metadata: dict[str, str],
+                 tokenizer_files: list[Path]) -> None:
     """Writes a model.
 
     Args:
@@ -126,7 +128,7 @@ def write_folder(folder, weights: dict[str, dict[str, Tensor]], configs: dict, m
         weights: {"text_encoder": {name: tensor}, "vae": ..., "unet": ...}
         configs: our configs of the four networks.
         metadata: put into each file of weights.
-        tokenizer: a `transformers` tokenizer, whose files go along.
+        tokenizer_files: copied into its subfolder.
     """
     folder = Path(folder)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name[:40]}-") as temporary:
@@ -138,7 +140,8 @@ def write_folder(folder, weights: dict[str, dict[str, Tensor]], configs: dict, m
         for part, tensors in weights.items():
             name = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
             save_file(tensors, whole / part / name, {"format": "pt", **metadata})
-        tokenizer.save_pretrained(whole / "tokenizer")
+        for path in tokenizer_files:
+            shutil.copy(path, whole / "tokenizer")
         whole.rename(folder)
 
 
@@ -161,6 +164,10 @@ def to_json(configs):
             "prediction_type": "v_prediction" if unet.prediction == "v" else "epsilon",
             "rescale_betas_zero_snr": unet.zero_terminal_snr,
             "timestep_spacing": "trailing" if unet.zero_terminal_snr else "leading"},
+        "tokenizer/tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "add_prefix_space": False,
+            "errors": "replace", "bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>",
+            "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
         "text_encoder/config.json": {
             "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "quick_gelu",
             "hidden_size": clip.d_embed, "intermediate_size": clip.d_mlp, "num_hidden_layers": clip.n_layers,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import diffusers_folder
 from checkpoint_file import CheckpointError, find_mapped, read_checkpoint, release
 from checkpoint_layout import (IGNORED, PREDICTIONS, PREFIXES, SPELLINGS, TEXT, UNET, VAE, check_tensors,
-                               find_prediction, known_weights, standard_spelling, substitute)
+                               find_prediction, known_weights, refuse_other_models, standard_spelling, substitute)
 from checkpoint_layout import ema_name as ema_name
 from clip import CLIP, CLIPConfig
 from decoder import DecoderConfig, VAE_Decoder
@@ -275,13 +275,12 @@ def read_networks(path, device="cpu", dtype=None, use_ema=False, finish=None, va
                 state_dict = convert(network, block, weights, device, dtype, mapped, prefix)
                 block.load_state_dict(state_dict, assign=True)
                 setattr(parent, name, finish(block) if finish else block)
+        if weights:
+            raise CheckpointError(f"found {next(iter(weights))!r}, which an SD 1.x model of these shapes does not have "
+                                  f"({len(weights)} such keys); expected the layout of v1-5-pruned-emaonly.ckpt")
     except CheckpointError as error:
         message = re.sub(r"[\w.]+\w", lambda name: origins.get(name[0], name[0]), str(error))  # the file's own names
-        raise CheckpointError(f"{path}: {message}") from None
-    if weights:
-        name = next(iter(weights))
-        raise CheckpointError(f"{path}: found {origins.get(name, name)!r}, which an SD 1.x model of these shapes does not "
-                              f"have ({len(weights)} such keys); expected the layout of v1-5-pruned-emaonly.ckpt")
+        raise CheckpointError(f"{path}{f' with the VAE of {vae}' if vae is not None else ''}: {message}") from None
     return modules
 
 
@@ -317,8 +316,8 @@ def from_diffusers(folder, weights, path):
 
 
 def largest_configs(folder, weights, path):
-    """Returns configs of networks that have as many levels and blocks as these weights, and every part that levels and
-    blocks can have: their names are all that there can be."""
+    """Returns configs of networks that have as many levels and blocks as these weights, in the narrowest widths that
+    differ, so that every block has a skip connection: their names are all that there can be."""
 
     def size(level, block):
         n_levels, n_blocks = count(weights, level), count(weights, block)
@@ -334,13 +333,15 @@ def largest_configs(folder, weights, path):
         return {"encoder": EncoderConfig(**size(r"encoder\.down_blocks\.(\d+)", r"encoder\.down_blocks\.0\.resnets\.(\d+)")),
                 "decoder": DecoderConfig(**size(r"decoder\.up_blocks\.(\d+)", r"decoder\.up_blocks\.0\.resnets\.(\d+)"))}
     sizes = size(r"down_blocks\.(\d+)", r"down_blocks\.0\.resnets\.(\d+)")
-    return {"diffusion": DiffusionConfig(**sizes, attends=(True,) * len(sizes["channels"]), n_heads=1, d_context=1,
-                                         d_guidance=1)}
+    attends = tuple(any(name.startswith(f"down_blocks.{i}.attentions.") for name in weights)
+                    for i in range(len(sizes["channels"])))
+    return {"diffusion": DiffusionConfig(**sizes, attends=attends, n_heads=1, d_context=1, d_guidance=1)}
 
 
 def swap_vae(weights, metadata, path, origins):
     """Returns weights and metadata with the VAE of another file or folder in the place of the model's own."""
     vae, vae_metadata = read_vae(path)
+    refuse_other_models(vae)
     vae = standard_spelling(vae, origins)
     check_tensors(vae)
     conv_in = f"{VAE}encoder.conv_in.weight"
@@ -365,7 +366,7 @@ def read_vae(path):
     own = own or {VAE + name: tensor for name, tensor in bare.items()}
     if f"{VAE}decoder.conv_in.weight" not in own or f"{VAE}encoder.conv_in.weight" not in own:
         some = ", ".join(repr(name) for name in list(weights)[:3]) or "no weights"
-        raise CheckpointError(f"{path}: found {some}; expected the VAE of an SD 1.x model, with keys such as "
+        raise CheckpointError(f"found {some}; expected the VAE of an SD 1.x model, with keys such as "
                               f"'{VAE}decoder.conv_in.weight' or 'decoder.conv_in.weight'")
     return own, metadata
 

@@ -37,7 +37,7 @@ def test_full_size_names_and_shapes_are_those_of_the_release():
     with torch.device("meta"):
         state_dicts = {network: NETWORKS[network]().state_dict() for network in NETWORKS}
     ours = {name: tuple(weight.shape) for name, weight in to_standard_weights(state_dicts).items()}
-    assert ours == {name: shape for name, shape in LAYOUT.items() if not name.endswith("position_ids")}
+    assert ours == LAYOUT
 
 
 def test_the_release_implies_the_default_configs():
