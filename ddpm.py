@@ -18,7 +18,7 @@ def get_alphas_cumprod(num_training_steps=1000, beta_start=0.00085, beta_end=0.0
     return np.cumprod(1.0 - betas)
 
 
-def rescale_zero_terminal_snr(alphas_cumprod):
+def rescale_alphas_cumprod(alphas_cumprod):
     """The schedule stretched so that its last timestep is noise alone: Lin et al. 2023 (arXiv 2305.08891), algorithm 1.
 
     But the last ᾱ is 2⁻²⁴ and not 0, where no ε could say what x_0 is, as in diffusers' samplers that work on σ.
@@ -94,7 +94,7 @@ class DDPMSampler:
     generator: where noise comes from, see draw_noise.
     timestep_spacing: "leading", "trailing" or "linspace".
     steps_offset: added to all timesteps of "leading" spacing; SD 1.5's published scheduler has 1.
-    zero_terminal_snr: whether the schedule ends in noise alone, see rescale_zero_terminal_snr; then "trailing" spacing
+    rescale_zero_terminal_snr: whether the schedule ends in noise alone, see rescale_alphas_cumprod; "trailing" spacing
     starts there.
 
     Samplers that build a step on those before it (in_order) want their timesteps in turn, though a run may be dropped
@@ -109,7 +109,7 @@ class DDPMSampler:
     in_order = False
 
     def __init__(self, generator, num_training_steps=1000, beta_start=0.00085, beta_end=0.0120,
-                 timestep_spacing="leading", steps_offset=1, zero_terminal_snr=False):
+                 timestep_spacing="leading", steps_offset=1, rescale_zero_terminal_snr=False):
         if timestep_spacing not in ("leading", "trailing", "linspace"):
             raise ValueError(f"timestep_spacing is {timestep_spacing!r}: choose 'leading', 'trailing' or 'linspace'")
         if not isinstance(steps_offset, int) or steps_offset < 0:
@@ -119,8 +119,8 @@ class DDPMSampler:
         self.timestep_spacing = timestep_spacing
         self.steps_offset = steps_offset
         self.alphas_cumprod = get_alphas_cumprod(num_training_steps, beta_start, beta_end)
-        if zero_terminal_snr:
-            self.alphas_cumprod = rescale_zero_terminal_snr(self.alphas_cumprod)
+        if rescale_zero_terminal_snr:
+            self.alphas_cumprod = rescale_alphas_cumprod(self.alphas_cumprod)
         self.num_inference_steps = None
         self.timesteps, self.coefficients = [], []
 

@@ -258,9 +258,9 @@ def read_networks(path, device="cpu", dtype=None, use_ema=False, finish=None, va
     Each block of a network is replaced by what `finish`, if given, makes of it before the next block is read. `vae` and
     `prediction` are as for `model_loader.preload_models_from_standard_weights`.
     """
-    weights, metadata = read_model(path, use_ema)
+    origins = {}  # what the file calls a weight, where that is not its standard name
+    weights, metadata = read_model(path, use_ema, origins)
     mapped = find_mapped(path)
-    origins = {}
     try:
         metadata = {**metadata, **find_prediction(path, weights, metadata, prediction)}
         weights = known_weights(weights, use_ema, origins)
@@ -284,18 +284,18 @@ def read_networks(path, device="cpu", dtype=None, use_ema=False, finish=None, va
     return modules
 
 
-def read_model(path, use_ema=False):
+def read_model(path, use_ema, origins):
     """Returns (weights by standard name and whatever else there is, metadata) of a file or a diffusers folder."""
     if not Path(path).is_dir():
         return read_checkpoint(path)
     parts, metadata = diffusers_folder.read_folder(path, ("text_encoder", "vae", "unet"), use_ema)
     weights = {}
     for folder, part in parts.items():
-        weights.update(from_diffusers(folder, part, f"{path}/{folder}"))
+        weights.update(from_diffusers(folder, part, f"{path}/{folder}", origins))
     return weights, metadata
 
 
-def from_diffusers(folder, weights, path):
+def from_diffusers(folder, weights, path, origins):
     """Returns the weights of a part of a diffusers folder ("text_encoder", "vae" or "unet") by their standard names."""
     prefix = PREFIXES["clip"] if folder == "text_encoder" else ""
     weights = {substitute(SPELLINGS, name): tensor for name, tensor in weights.items()
@@ -312,6 +312,7 @@ def from_diffusers(folder, weights, path):
     if unknown:
         raise CheckpointError(f"{path}: found {unknown[0]!r}, which this part of an SD 1.x model does not have "
                               f"({len(unknown)} such keys); expected the layout of diffusers' stable-diffusion-v1-5")
+    origins.update({standard_name: f"{folder}/{name}" for name, standard_name in names.items()})
     return {names[name]: tensor for name, tensor in weights.items()}
 
 
@@ -340,7 +341,7 @@ def largest_configs(folder, weights, path):
 
 def swap_vae(weights, metadata, path, origins):
     """Returns weights and metadata with the VAE of another file or folder in the place of the model's own."""
-    vae, vae_metadata = read_vae(path)
+    vae, vae_metadata = read_vae(path, origins)
     refuse_other_models(vae)
     vae = standard_spelling(vae, origins)
     check_tensors(vae)
@@ -351,18 +352,18 @@ def swap_vae(weights, metadata, path, origins):
     return {**{name: tensor for name, tensor in weights.items() if not name.startswith(VAE)}, **vae}, metadata
 
 
-def read_vae(path):
+def read_vae(path, origins):
     """Returns (weights by standard name, metadata) of the VAE in a checkpoint, in a file of its own (with or without
     `first_stage_model.`, or as diffusers has it), in a diffusers folder or in the folder `vae` of one."""
     if Path(path).is_dir():
         parts, metadata = diffusers_folder.read_folder(path, ("vae",))
-        return from_diffusers("vae", parts["vae"], path), metadata
+        return from_diffusers("vae", parts["vae"], path, origins), metadata
     weights, metadata = read_checkpoint(path)
     own = {name: tensor for name, tensor in weights.items() if isinstance(name, str) and name.startswith(VAE)}
     bare = {name: tensor for name, tensor in weights.items() if isinstance(name, str) and
             name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
     if not own and any(".down_blocks." in name for name in bare):
-        return from_diffusers("vae", bare, path), metadata
+        return from_diffusers("vae", bare, path, origins), metadata
     own = own or {VAE + name: tensor for name, tensor in bare.items()}
     if f"{VAE}decoder.conv_in.weight" not in own or f"{VAE}encoder.conv_in.weight" not in own:
         some = ", ".join(repr(name) for name in list(weights)[:3]) or "no weights"

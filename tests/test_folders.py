@@ -224,8 +224,8 @@ def spoil(folder, what):
     ("no vae", "without 'vae'"), ("no weights", "unet: found no weights"),
     ("broken json", "config.json: found a broken JSON"), ("nested json", "config.json: found a broken JSON"),
     ("json of another kind", "config.json: found a JSON list"), ("truncated", "broken or truncated safetensors"),
-    ("another model's key", "unet: found 'add_embedding.linear_1.weight'"), ("a missing key", "conv_in.bias is missing"),
-    ("NaN", "conv_in.bias holds NaN"), ("other weights", "unet: no key looks like"),
+    ("another model's key", "unet: found 'add_embedding.linear_1.weight'"), ("a missing key", "unet/conv_in.bias is missing"),
+    ("NaN", "unet/conv_in.bias holds NaN"), ("other weights", "unet: no key looks like"),
     ("shard outside", "no table of names and files"), ("index of nothing", "no table of names and files"),
     ("missing shard", "00001-of-00002.safetensors: no such"),
 ])
