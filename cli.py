@@ -44,6 +44,7 @@ from pathlib import Path
 import model_loader
 from images import save_picture
 from pipeline import generate
+from samplers import SAMPLERS
 
 
 def main(arguments):
@@ -64,9 +65,7 @@ def main(arguments):
     seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
     settings = dict(uncond_prompt=arguments.uncond_prompt, input_image=arguments.input_image,
                     strength=arguments.strength, cfg_scale=arguments.cfg_scale, sampler_name=arguments.sampler,
-                    n_inference_steps=arguments.steps, height=arguments.height, width=arguments.width,
-                    guidance_interval=arguments.guidance_interval, cache_interval=arguments.cache_interval,
-                    tile_size=arguments.tile_size)
+                    n_inference_steps=arguments.steps, height=arguments.height, width=arguments.width)
 
     checkpoint = arguments.checkpoint or model_loader.find_checkpoint()
     device = arguments.device or model_loader.best_device()
@@ -75,18 +74,43 @@ def main(arguments):
                                                                compile=arguments.compile)
     dtype = next(models["diffusion"].parameters()).dtype
     print(f"checkpoint {checkpoint}, device {device} ({str(dtype).removeprefix('torch.')}), seed {seed}")
+    models = with_savings(models, arguments)
+    cfg_scale = guidance(arguments)
     for k, path in enumerate(paths):
-        image = generate(arguments.prompt, models=models, seed=seed + k, device=device, **settings)
+        image = generate(arguments.prompt, models=models, seed=seed + k, device=device, **settings | {"cfg_scale": cfg_scale})
         parameters = describe(arguments.prompt, image, seed + k, checkpoint, settings)
         save_picture(image, path, parameters, arguments.overwrite)
         print(f"wrote {path}")
+
+
+def with_savings(models, arguments):
+    """Returns the models, wrapped in what `--cache-interval` and `--tile-size` ask for."""
+    models = dict(models)
+    if arguments.cache_interval != 1:
+        from extensions.deep_cache import DeepCache
+        models["diffusion"] = DeepCache(models["diffusion"], arguments.cache_interval)
+    if arguments.tile_size is not None:
+        from extensions.tiled import TiledDecoder, TiledEncoder
+        models["decoder"] = TiledDecoder(models["decoder"], arguments.tile_size)
+        models["encoder"] = TiledEncoder(models["encoder"], arguments.tile_size)
+    return models
+
+
+def guidance(arguments):
+    """Returns the guidance scale: a number, or with `--guidance-interval` a function of sigma."""
+    if arguments.guidance_interval is None:
+        return arguments.cfg_scale
+    low, high = arguments.guidance_interval
+    if not 0 <= low <= high:
+        raise ValueError(f"--guidance-interval is {low:g} {high:g}; give two noise levels, the lower one first")
+    return lambda sigma: arguments.cfg_scale if low <= sigma <= high else 1.0
 
 
 def describe(prompt, image, seed, checkpoint, settings):
     """Returns prompt, settings and seed in the text form that Stable Diffusion web UIs read back from a PNG file."""
     fields = {
         "Steps": settings["n_inference_steps"],
-        "Sampler": WEB_UI_NAMES[settings["sampler_name"]],
+        "Sampler": SAMPLERS[settings["sampler_name"]].label,
         "CFG scale": settings["cfg_scale"],
         "Seed": seed,
         "Size": f"{image.shape[1]}x{image.shape[0]}",
@@ -98,10 +122,6 @@ def describe(prompt, image, seed, checkpoint, settings):
     if settings["uncond_prompt"]:
         lines.append(f"Negative prompt: {settings['uncond_prompt']}")
     return "\n".join(lines + [", ".join(f"{name}: {value}" for name, value in fields.items())])
-
-
-WEB_UI_NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "plms": "PLMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun",
-                "lms": "LMS", "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "lcm": "LCM"}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ The paper counts t from 1, code counts from 0. `alphas_cumprod[t]` is ᾱ_t; lat
 
 from itertools import pairwise
 from math import ceil, sqrt
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -73,10 +74,11 @@ def draw_noise(generator, shape, device="cpu", dtype=torch.float32):
     generator k alone, so that a picture does not change with the batch that it is drawn in.
     """
     if not isinstance(generator, (list, tuple)):
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(device, dtype, non_blocking=True)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return noise.to(device, dtype, non_blocking=True)
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for {shape[0]} rows of latents: pass one a row, or a single one")
-    rows = [torch.randn(1, *shape[1:], generator=g, dtype=torch.float32) for g in generator]
+    rows = [torch.randn(1, *shape[1:], generator=g, dtype=torch.float32, device="cpu") for g in generator]
     return torch.cat(rows).to(device, dtype, non_blocking=True)
 
 
@@ -106,9 +108,10 @@ class DDPMSampler:
     keep the latents' dtype, and no value is read back from the device.
     """
 
+    name, label = "ddpm", "DDPM"  # as `samplers.SAMPLERS` and web UIs call it
     in_order = False
 
-    def __init__(self, generator, num_training_steps=1000, beta_start=0.00085, beta_end=0.0120,
+    def __init__(self, generator=None, num_training_steps=1000, beta_start=0.00085, beta_end=0.0120,
                  timestep_spacing="leading", steps_offset=1, rescale_zero_terminal_snr=False):
         if timestep_spacing not in ("leading", "trailing", "linspace"):
             raise ValueError(f"timestep_spacing is {timestep_spacing!r}: choose 'leading', 'trailing' or 'linspace'")
@@ -127,9 +130,9 @@ class DDPMSampler:
     def set_inference_timesteps(self, num_inference_steps=50):
         """Plan a run of so many steps (1 to num_training_steps) from pure noise. Undoes set_strength."""
         n, most = num_inference_steps, self.num_training_steps
-        if not isinstance(n, int) or not 1 <= n <= most:
+        if not isinstance(n, Integral) or isinstance(n, bool) or not 1 <= n <= most:
             raise ValueError(f"num_inference_steps is {n!r}: give a whole number from 1 to {most}")
-        self.num_inference_steps = n
+        self.num_inference_steps = int(n)
         self.set_strength(1.0)
 
     def set_strength(self, strength=1.0):
@@ -140,7 +143,7 @@ class DDPMSampler:
         n = self.num_inference_steps
         if n is None:
             raise ValueError("set_strength needs the number of steps: call set_inference_timesteps first")
-        if not 0 < strength <= 1:
+        if not isinstance(strength, Real) or not 0 < strength <= 1:
             raise ValueError(f"strength is {strength!r}: give a number above 0 (hardly any change) up to 1 (all new)")
         if int(n * strength) == 0:
             least = ceil(1e4 / n) / 1e4

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from attention import onednn_computes
 from checkpoint_file import CheckpointError, read_checkpoint
 from checkpoint_layout import PREDICTIONS, PREFIXES, UNET, refuse_other_models
 from cpu import packed
+from cpu.attention import onednn_computes
+from cpu.threads import use_one_thread
 from diffusers_folder import write_folder
 from model_converter import NETWORKS, read_networks, to_diffusers_weights, to_metadata, to_standard_weights
 
@@ -69,6 +70,8 @@ def preload_models_from_standard_weights(path, device, dtype="auto", use_ema: bo
     modules = read_networks(path, device, dtype, use_ema, packed.pack if pack else None, vae, prediction)
     for network, module in modules.items():
         module.eval()
+        if device.type == "cpu":
+            use_one_thread(module)
         if device.type == "cuda":
             module.to(memory_format=torch.channels_last)  # what the tensor cores' convolutions read
         if compile and network in ("diffusion", "decoder"):

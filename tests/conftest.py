@@ -1,14 +1,15 @@
-"""What the tests share: one tiny random checkpoint, its modules, and the rules for tests that need a GPU."""
+"""What the tests share: one tiny random checkpoint, its modules, and the rules for tests that need certain hardware."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import oracle
 import pytest
 import torch
 
 import model_converter
+import oracle
+from cpu.attention import onednn_computes
 from model_converter import read_networks
 
 
@@ -56,8 +57,9 @@ def tiny(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "bf16": onednn_computes(torch.bfloat16)}
     for item in items:
-        for device, is_here in available.items():
-            if item.get_closest_marker(device) and not is_here:
-                item.add_marker(pytest.mark.skip(reason=f"no {device} device on this machine"))
+        for hardware, is_here in available.items():
+            if item.get_closest_marker(hardware) and not is_here:
+                item.add_marker(pytest.mark.skip(reason=f"no {hardware} on this machine"))

@@ -3,7 +3,6 @@
 The oracles get their weights through diffusers' own converters, so that neither side marks its own homework.
 """
 
-from dataclasses import replace
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel

@@ -14,8 +14,15 @@ from clip import CLIPConfig
 from decoder import DecoderConfig
 from diffusion import DiffusionConfig
 from encoder import EncoderConfig
-from model_converter import (NETWORKS, CheckpointError, ema_name, infer_configs, load_from_standard_weights,
-                             standard_names, to_standard_weights)
+from model_converter import (
+    NETWORKS,
+    CheckpointError,
+    ema_name,
+    infer_configs,
+    load_from_standard_weights,
+    standard_names,
+    to_standard_weights,
+)
 
 LAYOUT = {name: tuple(shape) for name, shape in
           json.loads((Path(__file__).parent / "sd15_checkpoint_layout.json").read_text())}
