@@ -82,14 +82,14 @@ def read_weights(folder, use_ema):
     _, _, path = min(found, key=lambda entry: (order.index(entry[0]) if entry[0] in order else len(order),
                                                entry[1] == "bin"))
     if path.suffix != ".json":
-        return read_checkpoint(path)
+        return read_checkpoint(path, mapped=True)
     places = read_json(path).get("weight_map")
     names = set(places.values()) if isinstance(places, dict) else {None}
     if not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+", name) for name in names):
         raise CheckpointError(f"{path}: found no table of names and files under 'weight_map'; expected one")
     weights, metadata = {}, {}
     for name in sorted(names):
-        shard, told = read_checkpoint(folder / name)
+        shard, told = read_checkpoint(folder / name, mapped=True)
         weights |= shard
         metadata |= told
     return weights, metadata

@@ -14,8 +14,21 @@ from torch import Tensor, nn
 
 import diffusers_folder
 from checkpoint_file import CheckpointError, find_mapped, read_checkpoint, release
-from checkpoint_layout import (IGNORED, PREDICTIONS, PREFIXES, SPELLINGS, TEXT, UNET, VAE, check_tensors,
-                               find_prediction, known_weights, refuse_other_models, standard_spelling, substitute)
+from checkpoint_layout import (
+    IGNORED,
+    PREDICTIONS,
+    PREFIXES,
+    SPELLINGS,
+    TEXT,
+    UNET,
+    VAE,
+    check_tensors,
+    find_prediction,
+    known_weights,
+    refuse_other_models,
+    standard_spelling,
+    substitute,
+)
 from checkpoint_layout import ema_name as ema_name
 from clip import CLIP, CLIPConfig
 from decoder import DecoderConfig, VAE_Decoder
@@ -260,12 +273,12 @@ def read_networks(path, device="cpu", dtype=None, use_ema=False, finish=None, va
     """
     origins = {}  # what the file calls a weight, where that is not its standard name
     weights, metadata = read_model(path, use_ema, origins)
-    mapped = find_mapped(path)
     try:
         metadata = {**metadata, **find_prediction(path, weights, metadata, prediction)}
         weights = known_weights(weights, use_ema, origins)
         if vae is not None:
             weights, metadata = swap_vae(weights, metadata, vae, origins)
+        mapped = find_mapped()
         with torch.device("meta"):
             modules = {network: NETWORKS[network](config) for network, config in
                        infer_configs(weights, metadata).items()}
@@ -287,7 +300,7 @@ def read_networks(path, device="cpu", dtype=None, use_ema=False, finish=None, va
 def read_model(path, use_ema, origins):
     """Returns (weights by standard name and whatever else there is, metadata) of a file or a diffusers folder."""
     if not Path(path).is_dir():
-        return read_checkpoint(path)
+        return read_checkpoint(path, mapped=True)
     parts, metadata = diffusers_folder.read_folder(path, ("text_encoder", "vae", "unet"), use_ema)
     weights = {}
     for folder, part in parts.items():
@@ -358,7 +371,7 @@ def read_vae(path, origins):
     if Path(path).is_dir():
         parts, metadata = diffusers_folder.read_folder(path, ("vae",))
         return from_diffusers("vae", parts["vae"], path, origins), metadata
-    weights, metadata = read_checkpoint(path)
+    weights, metadata = read_checkpoint(path, mapped=True)
     own = {name: tensor for name, tensor in weights.items() if isinstance(name, str) and name.startswith(VAE)}
     bare = {name: tensor for name, tensor in weights.items() if isinstance(name, str) and
             name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
@@ -385,23 +398,48 @@ def convert(network, module, weights, device, dtype, mapped=(), prefix=""):
     """Takes the weights of a network, or of its part `prefix`, out of `weights` and returns them as the state dict that
     `module` wants.
 
-    `mapped` is what `find_mapped` returned: each tensor's part of it is let go of once there is a copy.
+    What is returned is in memory of its own, not in the file's; the pages of `mapped`, what `find_mapped` returned, are let
+    go of one by one.
     """
     state_dict = {}
     for name, expected in module.state_dict().items():
         names = standard_names(network, prefix + name)
         shape = (expected.shape[0] // len(names), *expected.shape[1:])
         originals = [take(weights, standard_name, shape) for standard_name in names]
-        parts = [to_dtype(original, dtype or original.dtype) for original in originals]
-        for part, standard_name in zip(parts, names):
-            if not all(math.isfinite(extreme) for extreme in part.aminmax()):
-                raise CheckpointError(f"{standard_name} holds NaN or infinite values; expected finite weights")
-        weight = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(device)
-        if weight is not originals[0]:
-            for original in originals:
-                release(original, mapped)
-        state_dict[name] = weight
+        widest = max((original.dtype for original in originals), key=lambda dtype: dtype.itemsize)
+        weight = torch.empty(expected.shape, dtype=dtype or widest, device="cpu")
+        for part, original, standard_name in zip(weight.chunk(len(names)), originals, names):
+            copy(original, part)
+            check_finite(part, original, standard_name)
+            release(original, mapped)
+        state_dict[name] = weight.to(device)
     return state_dict
+
+
+def copy(tensor, target):
+    """`target.copy_(tensor)`; from float16 to bfloat16 by way of float32, as PyTorch's direct way takes thrice the time.
+    """
+    if (tensor.dtype, target.dtype) != (torch.float16, torch.bfloat16):
+        target.copy_(tensor)
+        return
+    for part, target_part in zip(tensor.flatten().split(2**20), target.flatten().split(2**20)):  # stays in the cache
+        target_part.copy_(part.float())
+
+
+def check_finite(tensor, original, name):
+    """Raises CheckpointError if a weight, or what became of it in another dtype, is not finite."""
+    if is_finite(tensor):
+        return
+    if is_finite(original):
+        largest = original.float().abs().max().item()
+        raise CheckpointError(f"{name} holds {largest:.6g}, which {tensor.dtype} cannot hold; load it as float32 or bfloat16")
+    raise CheckpointError(f"{name} holds NaN or infinite values; expected finite weights")
+
+
+def is_finite(tensor):
+    if tensor.dtype.itemsize == 1:  # PyTorch does not compare 8-bit floating point numbers
+        tensor = tensor.float()
+    return all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
 def take(weights, name, shape):
@@ -412,16 +450,6 @@ def take(weights, name, shape):
     if strip_ones(tensor.shape) != strip_ones(shape):
         raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}")
     return tensor.reshape(shape)
-
-
-def to_dtype(tensor, dtype):
-    """`tensor.to(dtype)`; from float16 to bfloat16 by way of float32, as PyTorch's direct way takes thrice the time."""
-    if (tensor.dtype, dtype) != (torch.float16, torch.bfloat16):
-        return tensor.to(dtype)
-    result = torch.empty(tensor.shape, dtype=dtype)
-    for part, result_part in zip(tensor.flatten().split(2**20), result.flatten().split(2**20)):  # stays in the cache
-        result_part.copy_(part.float())
-    return result
 
 
 def strip_ones(shape):

@@ -225,7 +225,7 @@ def count_channels(path):
         if path.is_dir():
             parts = all((path / part).is_dir() for part in ("unet", "vae", "text_encoder"))
             return parts and json.loads((path / "unet" / "config.json").read_text("utf-8")).get("in_channels", 4)
-        weights = read_checkpoint(path)[0]
+        weights = read_checkpoint(path, mapped=True)[0]
         refuse_other_models(weights)
     except (CheckpointError, OSError, ValueError) as error:
         if "broken" in str(error):
