@@ -1,4 +1,4 @@
-"""What an SD 1.x file holds, as merges, fine-tunes and converter scripts wrote it -> the weights by their standard names.
+"""What a file of SD 1.x holds, as merges, fine-tunes and scripts wrote it -> the weights by their standard names.
 
 These are the names of the original release (CompVis, `v1-5-pruned-emaonly.ckpt`).
 """
@@ -43,8 +43,8 @@ def known_weights(weights, use_ema=False, origins=None):
     refuse_other_models(weights)
     beside = [name for name in weights if re.search(f"{LORA}|{CONTROL}", str(name))]
     if beside:
-        warnings.warn(f"{beside[0]!r} and {len(beside) - 1} more keys of a LoRA or ControlNet beside the model are not used",
-                      stacklevel=4)
+        warnings.warn(f"{beside[0]!r} and {len(beside) - 1} more keys of a LoRA or ControlNet beside the model are not "
+                      f"used", stacklevel=4)
     known = standard_spelling(weights, origins)
     averages = {name: tensor for name, tensor in weights.items()
                 if isinstance(name, str) and name.startswith("model_ema.diffusion_model")}
@@ -99,8 +99,8 @@ def name_of_ema(name):
 
 
 def close_gaps(weights, origins):
-    """Renumbers the UNet's blocks where a script counted three a level, though there are two: input_blocks 1, 3, 4, 6, …,
-    and an upsampling that is a block of its own."""
+    """Renumbers the UNet's blocks where a script counted three a level, though there are two: input_blocks 1, 3, 4, 6,
+    and so on, and an upsampling that is a block of its own."""
     numbers = {side: sorted({int(match[1]) for match in map(re.compile(rf"{re.escape(UNET)}{side}\.(\d+)\.0\.").match,
                                                             weights) if match})
                for side in ("input_blocks", "output_blocks")}
@@ -135,10 +135,11 @@ def refuse_other_models(weights):
         ("an autoencoder with a VQ codebook", r"^first_stage_model\.quantize\.", False),
         ("a LoRA file, which holds changes to a model", LORA, True),
         ("a ControlNet file", CONTROL, True),
-        ("weights in the layout of a diffusers folder; give that folder", r"^(down_blocks|up_blocks|mid_block)\.", True),
+        ("weights in the layout of a diffusers folder; give that folder", r"^(down|up|mid)_blocks?\.", True),
     ]:
-        if any(re.search(mark, name) for name in names) and not (whole and may_be_beside):
-            raise CheckpointError(f"found {found}; {expected}")
+        marked = next((name for name in names if re.search(mark, name)), None)
+        if marked and not (whole and may_be_beside):
+            raise CheckpointError(f"found {found} (with the key {marked!r}); {expected}")
     if not any(name.startswith((UNET, VAE, "model_ema.diffusion_model")) for name in names):
         some = ", ".join(repr(name) for name in names[:3]) or "no weights"
         raise CheckpointError(f"found {some}; {expected}, with keys such as '{UNET}input_blocks.0.0.weight'")

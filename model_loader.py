@@ -43,11 +43,11 @@ def preload_models_from_standard_weights(path, device, dtype="auto", use_ema: bo
         use_ema: take the moving average of the UNet's weights where the file has it beside the plain ones (in a folder:
             the variant "ema").
         pack: on the CPU, rearrange the weights for speed: for drawing alone, see `cpu/packed.py`.
-        compile: on CUDA, make UNet and decoder into CUDA graphs (torch.compile, mode "reduce-overhead"): the first picture
-            of each size then takes minutes, later ones less; PyTorch keeps what it compiled on disk, in the folder
-            TORCHINDUCTOR_CACHE_DIR.
-        vae: a file or folder whose VAE is to be used instead: a separate VAE in the layout of the original release or of
-            diffusers, or another model.
+        compile: on CUDA, make UNet and decoder into CUDA graphs (torch.compile, mode "reduce-overhead"): the first
+            picture of each size then takes minutes, later ones less; PyTorch keeps what it compiled on disk, in the
+            folder TORCHINDUCTOR_CACHE_DIR.
+        vae: a file or folder whose VAE is to be used instead: a separate VAE in the layout of the original release or
+            of diffusers, or another model.
         prediction: what the UNet predicts, "epsilon" or "v"; None is what the file says of itself.
 
     Returns:
@@ -56,7 +56,7 @@ def preload_models_from_standard_weights(path, device, dtype="auto", use_ema: bo
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it is not an SD 1.x checkpoint, or it is broken.
-        ValueError: there is no such device, dtype or prediction, or pack or compile is asked for where it cannot be done.
+        ValueError: there is no such device, dtype or prediction, or pack or compile cannot be done there.
     """
     if prediction is not None and prediction not in PREDICTIONS:
         raise ValueError(f"prediction is {prediction!r}; give 'epsilon', 'v' or None, for what the file says")
@@ -152,8 +152,8 @@ def save_checkpoint(models: dict[str, nn.Module], path, overwrite: bool = False)
 
 
 def save_folder(models: dict[str, nn.Module], folder) -> None:
-    """Writes four networks as a diffusers folder, which `StableDiffusionPipeline.from_pretrained` takes, with the tokenizer
-    in data/.
+    """Writes four networks as a diffusers folder, which `StableDiffusionPipeline.from_pretrained` takes, with the
+    tokenizer in data/.
 
     Args:
         models: as for `save_checkpoint`.
@@ -192,7 +192,7 @@ def take_apart(models):
         while hasattr(module, "_orig_mod") or isinstance(module, nn.DataParallel):
             module = module.module if isinstance(module, nn.DataParallel) else module._orig_mod
         if any(isinstance(part, packed.Packed) for part in module.modules()):
-            raise ValueError(f"{network!r} is packed, and packed weights cannot be saved; load the checkpoint with pack=False")
+            raise ValueError(f"{network!r} is packed, and packed weights cannot be saved; load it with pack=False")
         if not isinstance(module, kind):
             raise ValueError(f"{network!r} is a {type(module).__name__}; expected a {kind.__name__} of SD 1.x")
         configs[network], state_dicts[network] = module.config, module.state_dict()
@@ -202,8 +202,8 @@ def take_apart(models):
 def find_checkpoint(folder=ROOT / "data") -> Path:
     """Returns the path of the model in a folder that was put there last, or else of the embedded one.
 
-    Whole SD 1.x models are looked for, files and diffusers folders, by what is in them: a separate VAE, a ControlNet or a
-    LoRA is none. Inpainting models, which `generate` alone cannot use, come after the others.
+    Whole SD 1.x models are looked for, files and diffusers folders, by what is in them: a separate VAE, a ControlNet or
+    a LoRA is none. Inpainting models, which `generate` alone cannot use, come after the others.
     """
     folder = Path(folder)
     found = []
@@ -213,9 +213,9 @@ def find_checkpoint(folder=ROOT / "data") -> Path:
             if in_channels:
                 found.append((path.name != "emoji.safetensors", in_channels == 4, path.stat().st_mtime_ns, path))
     if not found:
-        raise FileNotFoundError(f"no checkpoint in {folder}: put v1-5-pruned-emaonly.safetensors (or another SD 1.x checkpoint "
-                                f"or diffusers folder) there, or name a file: --checkpoint on the command line, "
-                                f"preload_models_from_standard_weights in Python")
+        raise FileNotFoundError(f"no checkpoint in {folder}: put v1-5-pruned-emaonly.safetensors (or another SD 1.x "
+                                f"checkpoint or diffusers folder) there, or name a file: --checkpoint on the command "
+                                f"line, preload_models_from_standard_weights in Python")
     return max(found)[-1]
 
 
@@ -267,7 +267,8 @@ def load_tokenizer(folder="data"):
     in `folder`, which is an absolute path or one relative to the repository.
 
     `tokenizer(prompts, padding="max_length", max_length=77, truncation=True)["input_ids"]` are the lists of ids that
-    the text encoder takes. Raises FileNotFoundError if the two files are not there, ValueError if they were cut or edited.
+    the text encoder takes. Raises FileNotFoundError if the two files are not there, ValueError if they were cut off or
+    edited.
     """
     from transformers import CLIPTokenizerFast  # slow to import
 
@@ -296,7 +297,8 @@ def check_tokenizer_files(vocab, merges):
         (merges, merges.read_text("utf-8", "replace").partition("\n")[2].strip(), MERGES_SHA256),
     ]:
         if hashlib.sha256(content.encode("utf-8", "replace")).hexdigest() != expected:
-            raise ValueError(f"{path} is not CLIP's, or was cut off or edited; take it from this repository's data folder")
+            raise ValueError(f"{path} is not CLIP's, or was cut off or edited; take it from this repository's data "
+                             f"folder")
 
 
 def check_tokenizer(tokenizer, vocab_size: int) -> None:
@@ -313,8 +315,8 @@ def check_tokenizer(tokenizer, vocab_size: int) -> None:
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the text encoder {vocab_size}: {fix}")
     if CHECKED.get(tokenizer) == n_trained:
         return
-    # The last of CLIP's merges makes the word jekyll, so this sees a cut off merges file too. Without the tokenizer's own
-    # padding and truncation, which would stay set, for other threads, too.
+    # The last of CLIP's merges makes the word jekyll, so this sees a cut off merges file too. Without the tokenizer's
+    # own padding and truncation, which would stay set, for other threads, too.
     expected = [n_trained - 2, n_trained - 3, n_trained - 1, n_trained - 1]
     ids = tokenizer("jekyll")["input_ids"] + [tokenizer.pad_token_id]
     if ids != expected:

@@ -3,8 +3,8 @@
     models["decoder"] = load_tiny_decoder("taesd_decoder.safetensors", "cpu", "float32")
 
 By Ollin Boer Bohan (https://github.com/madebyollin/taesd): convolutions alone, trained to do what SD 1.x's autoencoder
-does, with blurred detail. It is called like that one, and takes and returns latents of the same unit scale. Files for SDXL
-(taesdxl) have the same shapes and cannot be told apart: their pictures come out in wrong colours.
+does, with blurred detail. It is called like that one, and takes and returns latents of the same unit scale. Files for
+SDXL (taesdxl) have the same shapes and cannot be told apart: their pictures come out in wrong colours.
 """
 
 import re
@@ -111,11 +111,11 @@ def read_layers(path, half):
     matches = {name: form.fullmatch(name) for name in weights if isinstance(name, str)}
     found = {match[1]: weights[name] for name, match in matches.items() if match}
     other = "encoder" if half == "decoder" else "decoder"
-    unknown = [name for name in weights if not matches.get(name) and not str(name).startswith((other, f"taesd_{other}"))]
+    unknown = [name for name in weights if not matches.get(name) and not name.startswith((other, f"taesd_{other}"))]
     if unknown or not found:
         some = ", ".join(repr(name) for name in (unknown or list(weights))[:3]) or "no weights"
-        raise CheckpointError(f"{path}: found {some}; expected the {half} of a TAESD file, with keys such as '3.conv.0.weight' "
-                              f"or '{half}.layers.3.conv.0.weight'")
+        raise CheckpointError(f"{path}: found {some}; expected the {half} of a TAESD file, with keys such as "
+                              f"'3.conv.0.weight' or '{half}.layers.3.conv.0.weight'")
     return found
 
 
@@ -126,8 +126,8 @@ def sizes(weights, path, half):
         raise CheckpointError(f"{path}: its first layer is not a convolution; expected the {half} of a TAESD file")
     expected = 4 if half == "decoder" else 3
     if first.shape[1] != expected:
-        raise CheckpointError(f"{path}: the {half} takes {first.shape[1]} channels; expected {expected}, as SD 1.x's (files for "
-                              f"SD 3 and Flux have 16, and a file of the other half another number)")
+        raise CheckpointError(f"{path}: the {half} takes {first.shape[1]} channels; expected {expected}, as SD 1.x's "
+                              f"(files for SD 3 and Flux have 16, and a file of the other half another number)")
     return tuple(first.shape[:2])
 
 

@@ -77,7 +77,9 @@ def test_v_prediction_draws_what_diffusers_draws(name, zero_snr, n):
     x = start
     for t in ours.timesteps:
         x = ours.step(t, x, eps_from_v(predict_v(x, t), x, ours.alpha_bar(t)))
-    y = start * (float(theirs.sigmas[0]) ** 2 + 1) ** 0.5 if name == "euler" else start  # trailing: diffusers forgets the 1
+    y = start
+    if name == "euler":
+        y = start * (float(theirs.sigmas[0]) ** 2 + 1) ** 0.5  # with "trailing" spacing, diffusers leaves out the 1
     for t in theirs.timesteps:
         y = theirs.step(predict_v(theirs.scale_model_input(y, t), t), t, y).prev_sample
     # With ᾱ = 2⁻²⁴ the first ε, rounded to float32, says to 3e-4 what x_0 is; DDIM's ᾱ is 0 there in diffusers.
@@ -114,7 +116,7 @@ MARKS = {
     "modelspec epsilon": ({"v_pred": torch.empty(0)}, {"modelspec.prediction_type": "epsilon"}, ""),
     "kohya": ({}, {"ss_base_model_version": "sd_v1_v", "ss_zero_terminal_snr": "True"}, ""),
     "kohya epsilon": ({}, {"ss_base_model_version": "sd_v1", "ss_zero_terminal_snr": "False"}, ""),
-    "yaml": ({}, {}, 'model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n  params:\n    parameterization: "v"\n'),
+    "yaml": ({}, {}, 'model:\n  target: ldm.LatentDiffusion\n  params:\n    parameterization: "v"\n'),
     "yaml without quotes": ({}, {}, "model:\n  params:\n    parameterization: v  # as trained\n"),
     "yaml comment": ({}, {}, "model:\n  params:\n    # parameterization: v\n"),
     "yaml before metadata": ({}, {"modelspec.prediction_type": "v"}, "params:\n  parameterization: eps\n"),
@@ -163,11 +165,11 @@ def test_guidance_scale_words_and_the_rest_are_read_from_metadata(weights):
 @pytest.mark.parametrize("name", ["time_embedding.cond_proj", "time_embed.cond_proj"])
 def test_a_model_that_is_told_the_guidance_scale(weights, tmp_path, name):
     weight = torch.randn(32, 6)
-    save_file({**weights, f"model.diffusion_model.{name}.weight": weight}, tmp_path / "lcm.safetensors", oracle.METADATA)
+    weights = {**weights, f"model.diffusion_model.{name}.weight": weight}
+    save_file(weights, tmp_path / "lcm.safetensors", oracle.METADATA)
     diffusion = preload_models_from_standard_weights(tmp_path / "lcm.safetensors", "cpu", "float32")["diffusion"]
     assert diffusion.config.d_guidance == 6
     assert torch.equal(diffusion.time_embedding.cond_proj.weight, weight)
-    weights = {**weights, f"model.diffusion_model.{name}.weight": weight}
     time, guidance = torch.randn(1, 32), torch.randn(1, 6)
     latents, context = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32)
     told = diffusion(latents, context, torch.cat([time, guidance], 1))

@@ -21,7 +21,7 @@ def original(model, half):
     """The weights as the original files name them."""
     weights = getattr(model, half).layers.state_dict()
     shift = half == "decoder"  # its first layer, without weights, clamps
-    return {f"{int(name.partition('.')[0]) + shift}.{name.partition('.')[2]}": weight for name, weight in weights.items()}
+    return {f"{int(name.split('.')[0]) + shift}.{name.partition('.')[2]}": weight for name, weight in weights.items()}
 
 
 @pytest.fixture(scope="module", params=["original .pth", "original .safetensors", "diffusers", "diffusers, one half",
@@ -51,9 +51,9 @@ def files(request, oracle_tiny, tmp_path_factory):
 def test_it_is_diffusers_autoencoder(files, oracle_tiny):
     encoder, decoder = load_tiny_encoder(files[0], "cpu", "float32"), load_tiny_decoder(files[1], "cpu", "float32")
     images = torch.rand(2, 3, 40, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    latents = encoder(images, torch.randn(2, 4, 5, 3))
-    assert torch.allclose(latents, oracle_tiny.encode(images).latents, atol=1e-6)
-    for latents in (latents, 5 * torch.randn(2, 4, 5, 3)):
+    encoded = encoder(images, torch.randn(2, 4, 5, 3))
+    assert torch.allclose(encoded, oracle_tiny.encode(images).latents, atol=1e-6)
+    for latents in (encoded, 5 * torch.randn(2, 4, 5, 3)):
         assert torch.allclose(decoder(latents), oracle_tiny.decode(latents).sample, atol=1e-5)
     assert not encoder.training and not decoder.training
     assert encoder.config.latent_channels == decoder.config.latent_channels == 4
@@ -88,7 +88,7 @@ def test_generate_draws_with_it(models, oracle_tiny, tmp_path):
     (lambda weights: {}, "found no weights"),
     (lambda weights: {name: weight for name, weight in weights.items() if name != "9.conv.2.bias"},
      "layer 8.conv.2.bias has shape none: it is missing"),
-    (lambda weights: {**weights, "99.weight": torch.zeros(2)}, r"layer 98.weight has shape \(2,\); expected no such layer"),
+    (lambda weights: {**weights, "99.weight": torch.zeros(2)}, "98.weight has shape .2,.; expected no such layer"),
     (lambda weights: {**weights, "1.bias": torch.zeros(7)}, r"layer 0.bias has shape \(7,\); expected \(8,\)"),
     (lambda weights: {**weights, "1.bias": torch.full((8,), float("nan"))}, "0.bias holds NaN"),
     (lambda weights: {**weights, "1.weight": torch.zeros(8, 16, 3, 3)}, "takes 16 channels; expected 4"),
