@@ -1,4 +1,4 @@
-"""What an SD 1.x file holds, as merges, fine-tunes and converter scripts wrote it -> the weights by their standard names.
+"""What a file of SD 1.x holds, as merges, fine-tunes and scripts wrote it -> the weights by their standard names.
 
 These are the names of the original release (CompVis, `v1-5-pruned-emaonly.ckpt`).
 """
@@ -30,6 +30,7 @@ SPELLINGS = [
     (r"\.attn_1\.group_norm\.", ".attn_1.norm."),
     (r"\.time_embed\.cond_proj\.", ".time_embedding.cond_proj."),
 ]
+LORA, CONTROL = r"^lora_|\.lora_(up|down|A|B)\.", r"^control_model\."
 PREDICTIONS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v", "v_prediction": "v"}
 
 
@@ -40,6 +41,10 @@ def known_weights(weights, use_ema=False, origins=None):
     """
     origins = {} if origins is None else origins
     refuse_other_models(weights)
+    beside = [name for name in weights if re.search(f"{LORA}|{CONTROL}", str(name))]
+    if beside:
+        warnings.warn(f"{beside[0]!r} and {len(beside) - 1} more keys of a LoRA or ControlNet beside the model are not "
+                      f"used", stacklevel=4)
     known = standard_spelling(weights, origins)
     averages = {name: tensor for name, tensor in weights.items()
                 if isinstance(name, str) and name.startswith("model_ema.diffusion_model")}
@@ -94,8 +99,8 @@ def name_of_ema(name):
 
 
 def close_gaps(weights, origins):
-    """Renumbers the UNet's blocks where a script counted three a level, though there are two: input_blocks 1, 3, 4, 6, …,
-    and an upsampling that is a block of its own."""
+    """Renumbers the UNet's blocks where a script counted three a level, though there are two: input_blocks 1, 3, 4, 6,
+    and so on, and an upsampling that is a block of its own."""
     numbers = {side: sorted({int(match[1]) for match in map(re.compile(rf"{re.escape(UNET)}{side}\.(\d+)\.0\.").match,
                                                             weights) if match})
                for side in ("input_blocks", "output_blocks")}
@@ -128,16 +133,13 @@ def refuse_other_models(weights):
         ("an SD 2.x checkpoint", r"^cond_stage_model\.model\.", False),
         ("an SD 3 or Flux checkpoint", r"joint_blocks\.|double_blocks\.", False),
         ("an autoencoder with a VQ codebook", r"^first_stage_model\.quantize\.", False),
-        ("a LoRA file, which holds changes to a model", r"^lora_|\.lora_(up|down|A|B)\.", True),
-        ("a ControlNet file", r"^control_model\.", True),
-        ("weights in the layout of a diffusers folder; give that folder", r"^(down_blocks|up_blocks|mid_block)\.", True),
+        ("a LoRA file, which holds changes to a model", LORA, True),
+        ("a ControlNet file", CONTROL, True),
+        ("weights in the layout of a diffusers folder; give that folder", r"^(down|up|mid)_blocks?\.", True),
     ]:
-        beside = [name for name in names if re.search(mark, name)]
-        if beside and whole and may_be_beside:
-            warnings.warn(f"{beside[0]!r} and {len(beside) - 1} more keys beside the model, as in {found}, are not used",
-                          stacklevel=4)
-        elif beside:
-            raise CheckpointError(f"found {found}; {expected}")
+        marked = next((name for name in names if re.search(mark, name)), None)
+        if marked and not (whole and may_be_beside):
+            raise CheckpointError(f"found {found} (with the key {marked!r}); {expected}")
     if not any(name.startswith((UNET, VAE, "model_ema.diffusion_model")) for name in names):
         some = ", ".join(repr(name) for name in names[:3]) or "no weights"
         raise CheckpointError(f"found {some}; {expected}, with keys such as '{UNET}input_blocks.0.0.weight'")

@@ -5,6 +5,7 @@ What is in the files of weights is not looked at here; `model_converter.py` know
 
 import json
 import re
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,10 +21,11 @@ EXPECTED = {
              "mid_block_scale_factor": 1, "norm_eps": 1e-5, "only_cross_attention": False,
              "resnet_time_scale_shift": "default", "time_embedding_type": "positional", "timestep_post_act": None,
              "transformer_layers_per_block": 1},
-    "vae": {"act_fn": "silu", "latents_mean": None, "latents_std": None, "scaling_factor": 0.18215, "shift_factor": None},
+    "vae": {"act_fn": "silu", "latents_mean": None, "latents_std": None, "scaling_factor": 0.18215,
+            "shift_factor": None},
     "text_encoder": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "scheduler": {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000,
-                  "trained_betas": None},
+    "scheduler": {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+                  "num_train_timesteps": 1000, "trained_betas": None},
 }
 # What the shapes of weights do not tell: where it stands, and what `model_converter.infer_configs` calls it.
 TOLD = {
@@ -32,8 +34,9 @@ TOLD = {
     "text_encoder": {"num_attention_heads": "clip_heads"},
     "scheduler": {"prediction_type": "modelspec.prediction_type", "rescale_betas_zero_snr": "ss_zero_terminal_snr"},
 }
-WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+))?\.(?P<kind>safetensors|bin)")
-INDEX = re.compile(r"(?:diffusion_pytorch_model|pytorch_model|model)\.(?P<kind>safetensors|bin)"
+STEM, KIND = r"(?:diffusion_pytorch_model|pytorch_model|model)", r"\.(?P<kind>safetensors|bin)"
+WEIGHTS = re.compile(STEM + r"(?:\.(?P<variant>\w+))?" + KIND)
+INDEX = re.compile(STEM + KIND +
                    r"(?:\.index(?:\.(?P<variant>\w+))?|\.(?P<old_variant>\w+)\.index)\.json")
 
 
@@ -57,8 +60,8 @@ def read_folder(folder, parts=("text_encoder", "vae", "unet"), use_ema: bool = F
     for part in parts:
         path = folder / part if is_model or len(parts) > 1 else folder
         if not path.is_dir():
-            raise CheckpointError(f"{folder}: found a folder without {part!r}; expected that of a diffusers model, with "
-                                  f"{', '.join(parts)} in it")
+            raise CheckpointError(f"{folder}: found a folder without {part!r}; expected that of a diffusers model, "
+                                  f"with {', '.join(parts)} in it")
         weights[part], told = read_weights(path, use_ema)
         metadata |= told | read_config(part, path / "config.json")
     if is_model:
@@ -118,7 +121,8 @@ def read_json(path):
     return content
 
 
-def write_folder(folder, weights: dict[str, dict[str, Tensor]], configs: dict, metadata: dict[str, str], tokenizer) -> None:
+def write_folder(folder, weights: dict[str, dict[str, Tensor]], configs: dict, metadata: dict[str, str],
+                 tokenizer_files: list[Path]) -> None:
     """Writes a model.
 
     Args:
@@ -126,7 +130,7 @@ def write_folder(folder, weights: dict[str, dict[str, Tensor]], configs: dict, m
         weights: {"text_encoder": {name: tensor}, "vae": ..., "unet": ...}
         configs: our configs of the four networks.
         metadata: put into each file of weights.
-        tokenizer: a `transformers` tokenizer, whose files go along.
+        tokenizer_files: copied into its subfolder.
     """
     folder = Path(folder)
     with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name[:40]}-") as temporary:
@@ -138,7 +142,8 @@ def write_folder(folder, weights: dict[str, dict[str, Tensor]], configs: dict, m
         for part, tensors in weights.items():
             name = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
             save_file(tensors, whole / part / name, {"format": "pt", **metadata})
-        tokenizer.save_pretrained(whole / "tokenizer")
+        for path in tokenizer_files:
+            shutil.copy(path, whole / "tokenizer")
         whole.rename(folder)
 
 
@@ -161,6 +166,10 @@ def to_json(configs):
             "prediction_type": "v_prediction" if unet.prediction == "v" else "epsilon",
             "rescale_betas_zero_snr": unet.zero_terminal_snr,
             "timestep_spacing": "trailing" if unet.zero_terminal_snr else "leading"},
+        "tokenizer/tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True,
+            "add_prefix_space": False, "errors": "replace", "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
         "text_encoder/config.json": {
             "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_act": "quick_gelu",
             "hidden_size": clip.d_embed, "intermediate_size": clip.d_mlp, "num_hidden_layers": clip.n_layers,
@@ -176,8 +185,8 @@ def to_json(configs):
         "unet/config.json": {
             "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": unet.n_heads,
             "block_out_channels": unet.channels, "down_block_types": down, "up_block_types": up,
-            "cross_attention_dim": unet.d_context, "in_channels": unet.in_channels, "out_channels": unet.out_channels,
-            "layers_per_block": unet.n_blocks, "norm_num_groups": unet.n_groups, "norm_eps": 1e-5,
-            "sample_size": unet.sample_size // 8, "flip_sin_to_cos": True, "freq_shift": 0,
-            "time_cond_proj_dim": unet.d_guidance or None},
+            "cross_attention_dim": unet.d_context, "in_channels": unet.in_channels,
+            "out_channels": unet.out_channels, "layers_per_block": unet.n_blocks,
+            "norm_num_groups": unet.n_groups, "norm_eps": 1e-5, "sample_size": unet.sample_size // 8,
+            "flip_sin_to_cos": True, "freq_shift": 0, "time_cond_proj_dim": unet.d_guidance or None},
     }

@@ -11,11 +11,25 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import diffusers_folder
 from checkpoint_file import CheckpointError, find_mapped, read_checkpoint, release
-from checkpoint_layout import (IGNORED, PREDICTIONS, PREFIXES, SPELLINGS, TEXT, UNET, VAE, check_tensors,
-                               find_prediction, known_weights, standard_spelling, substitute)
+from checkpoint_layout import (
+    IGNORED,
+    PREDICTIONS,
+    PREFIXES,
+    SPELLINGS,
+    TEXT,
+    UNET,
+    VAE,
+    check_tensors,
+    find_prediction,
+    known_weights,
+    refuse_other_models,
+    standard_spelling,
+    substitute,
+)
 from checkpoint_layout import ema_name as ema_name
 from clip import CLIP, CLIPConfig
 from decoder import DecoderConfig, VAE_Decoder
@@ -143,8 +157,9 @@ def diffusers_names(network: str, name: str, config) -> tuple[str, ...]:
         A tuple of names, which stand for the same weights as those of `standard_names`, one by one.
     """
     prefix = PREFIXES[network]
-    names = (number_levels(network, standard.removeprefix(prefix), config) for standard in standard_names(network, name))
-    return tuple(substitute(DIFFUSERS_RULES["vae" if prefix == VAE else network], name) for name in names)
+    rules = DIFFUSERS_RULES["vae" if prefix == VAE else network]
+    return tuple(substitute(rules, number_levels(network, standard_name.removeprefix(prefix), config))
+                 for standard_name in standard_names(network, name))
 
 
 def number_levels(network, name, config):
@@ -212,8 +227,8 @@ def each_weight(state_dicts):
                       for name, tensor in state_dict.items()}
         for name in state_dict:
             if name.endswith("bias") and name.removesuffix("bias") + "weight" not in state_dict:
-                raise ValueError(f"{name!r} of {network!r} is without its weight, as in packed networks, which cannot be "
-                                 f"saved; load the checkpoint with pack=False")
+                raise ValueError(f"{name!r} of {network!r} is without its weight, as in packed networks, which cannot "
+                                 f"be saved; load the checkpoint with pack=False")
         for name, tensor in state_dict.items():
             yield network, name, tensor
 
@@ -258,45 +273,42 @@ def read_networks(path, device="cpu", dtype=None, use_ema=False, finish=None, va
     Each block of a network is replaced by what `finish`, if given, makes of it before the next block is read. `vae` and
     `prediction` are as for `model_loader.preload_models_from_standard_weights`.
     """
-    weights, metadata = read_model(path, use_ema)
-    mapped = find_mapped()
-    origins = {}
+    origins = {}  # what the file calls a weight, where that is not its standard name
+    weights, metadata = read_model(path, use_ema, origins)
     try:
         metadata = {**metadata, **find_prediction(path, weights, metadata, prediction)}
         weights = known_weights(weights, use_ema, origins)
         if vae is not None:
             weights, metadata = swap_vae(weights, metadata, vae, origins)
-        with torch.device("meta"):
-            modules = {network: NETWORKS[network](config) for network, config in
-                       infer_configs(weights, metadata).items()}
+        mapped = find_mapped()
+        modules = {network: build(network, config) for network, config in infer_configs(weights, metadata).items()}
         for network, module in modules.items():
             for parent, name, prefix in blocks(module):
                 block = getattr(parent, name)
                 state_dict = convert(network, block, weights, device, dtype, mapped, prefix)
                 block.load_state_dict(state_dict, assign=True)
                 setattr(parent, name, finish(block) if finish else block)
+        if weights:
+            raise CheckpointError(f"found {next(iter(weights))!r}, which an SD 1.x model of these shapes does not have "
+                                  f"({len(weights)} such keys); expected the layout of v1-5-pruned-emaonly.ckpt")
     except CheckpointError as error:
         message = re.sub(r"[\w.]+\w", lambda name: origins.get(name[0], name[0]), str(error))  # the file's own names
-        raise CheckpointError(f"{path}: {message}") from None
-    if weights:
-        name = next(iter(weights))
-        raise CheckpointError(f"{path}: found {origins.get(name, name)!r}, which an SD 1.x model of these shapes does not "
-                              f"have ({len(weights)} such keys); expected the layout of v1-5-pruned-emaonly.ckpt")
+        raise CheckpointError(f"{path}{f' with the VAE of {vae}' if vae is not None else ''}: {message}") from None
     return modules
 
 
-def read_model(path, use_ema=False):
+def read_model(path, use_ema, origins):
     """Returns (weights by standard name and whatever else there is, metadata) of a file or a diffusers folder."""
     if not Path(path).is_dir():
         return read_checkpoint(path, mapped=True)
     parts, metadata = diffusers_folder.read_folder(path, ("text_encoder", "vae", "unet"), use_ema)
     weights = {}
     for folder, part in parts.items():
-        weights.update(from_diffusers(folder, part, f"{path}/{folder}"))
+        weights.update(from_diffusers(folder, part, f"{path}/{folder}", origins))
     return weights, metadata
 
 
-def from_diffusers(folder, weights, path):
+def from_diffusers(folder, weights, path, origins):
     """Returns the weights of a part of a diffusers folder ("text_encoder", "vae" or "unet") by their standard names."""
     prefix = PREFIXES["clip"] if folder == "text_encoder" else ""
     weights = {substitute(SPELLINGS, name): tensor for name, tensor in weights.items()
@@ -305,42 +317,43 @@ def from_diffusers(folder, weights, path):
         weights = {f"text_model.{name}": tensor for name, tensor in weights.items()}  # transformers from 5.6 on
     names = {}
     for network, config in largest_configs(folder, weights, path).items():
-        with torch.device("meta"):
-            ours = NETWORKS[network](config).state_dict()
-        for name in ours:
+        for name in build(network, config).state_dict():
             names.update(zip(diffusers_names(network, name, config), standard_names(network, name)))
     unknown = [name for name in weights if name not in names]
     if unknown:
         raise CheckpointError(f"{path}: found {unknown[0]!r}, which this part of an SD 1.x model does not have "
                               f"({len(unknown)} such keys); expected the layout of diffusers' stable-diffusion-v1-5")
+    origins.update({standard_name: f"{folder}/{name}" for name, standard_name in names.items()})
     return {names[name]: tensor for name, tensor in weights.items()}
 
 
 def largest_configs(folder, weights, path):
-    """Returns configs of networks that have as many levels and blocks as these weights, and every part that levels and
-    blocks can have: their names are all that there can be."""
+    """Returns configs of networks that have as many levels and blocks as these weights, in the narrowest widths that
+    differ, so that every block has a skip connection: their names are all that there can be."""
 
-    def size(level, block):
-        n_levels, n_blocks = count(weights, level), count(weights, block)
+    def size(levels):
+        n_levels, n_blocks = count(weights, rf"{levels}\.(\d+)\."), count(weights, rf"{levels}\.0\.resnets\.(\d+)\.")
         if not n_levels or not n_blocks:
-            raise CheckpointError(f"{path}: no key looks like {block!r}; expected the layout of diffusers' "
-                                  f"stable-diffusion-v1-5")
+            raise CheckpointError(f"{path}: no key begins with '{levels}.0.resnets.'; expected the layout of "
+                                  f"diffusers' stable-diffusion-v1-5")
         return {"channels": tuple(range(1, n_levels + 1)), "n_blocks": n_blocks, "n_groups": 1}
 
     if folder == "text_encoder":
         n_layers = count(weights, r"text_model\.encoder\.layers\.(\d+)\.")
         return {"clip": CLIPConfig(n_vocab=1, n_tokens=1, d_embed=1, d_mlp=1, n_layers=n_layers, n_heads=1)}
     if folder == "vae":
-        return {"encoder": EncoderConfig(**size(r"encoder\.down_blocks\.(\d+)", r"encoder\.down_blocks\.0\.resnets\.(\d+)")),
-                "decoder": DecoderConfig(**size(r"decoder\.up_blocks\.(\d+)", r"decoder\.up_blocks\.0\.resnets\.(\d+)"))}
-    sizes = size(r"down_blocks\.(\d+)", r"down_blocks\.0\.resnets\.(\d+)")
-    return {"diffusion": DiffusionConfig(**sizes, attends=(True,) * len(sizes["channels"]), n_heads=1, d_context=1,
-                                         d_guidance=1)}
+        return {"encoder": EncoderConfig(**size("encoder.down_blocks")),
+                "decoder": DecoderConfig(**size("decoder.up_blocks"))}
+    sizes = size("down_blocks")
+    attends = tuple(any(name.startswith(f"down_blocks.{i}.attentions.") for name in weights)
+                    for i in range(len(sizes["channels"])))
+    return {"diffusion": DiffusionConfig(**sizes, attends=attends, n_heads=1, d_context=1, d_guidance=1)}
 
 
 def swap_vae(weights, metadata, path, origins):
     """Returns weights and metadata with the VAE of another file or folder in the place of the model's own."""
-    vae, vae_metadata = read_vae(path)
+    vae, vae_metadata = read_vae(path, origins)
+    refuse_other_models(vae)
     vae = standard_spelling(vae, origins)
     check_tensors(vae)
     conv_in = f"{VAE}encoder.conv_in.weight"
@@ -350,24 +363,40 @@ def swap_vae(weights, metadata, path, origins):
     return {**{name: tensor for name, tensor in weights.items() if not name.startswith(VAE)}, **vae}, metadata
 
 
-def read_vae(path):
+def read_vae(path, origins):
     """Returns (weights by standard name, metadata) of the VAE in a checkpoint, in a file of its own (with or without
     `first_stage_model.`, or as diffusers has it), in a diffusers folder or in the folder `vae` of one."""
     if Path(path).is_dir():
         parts, metadata = diffusers_folder.read_folder(path, ("vae",))
-        return from_diffusers("vae", parts["vae"], path), metadata
+        return from_diffusers("vae", parts["vae"], path, origins), metadata
     weights, metadata = read_checkpoint(path, mapped=True)
     own = {name: tensor for name, tensor in weights.items() if isinstance(name, str) and name.startswith(VAE)}
     bare = {name: tensor for name, tensor in weights.items() if isinstance(name, str) and
             name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
     if not own and any(".down_blocks." in name for name in bare):
-        return from_diffusers("vae", bare, path), metadata
+        return from_diffusers("vae", bare, path, origins), metadata
     own = own or {VAE + name: tensor for name, tensor in bare.items()}
     if f"{VAE}decoder.conv_in.weight" not in own or f"{VAE}encoder.conv_in.weight" not in own:
         some = ", ".join(repr(name) for name in list(weights)[:3]) or "no weights"
-        raise CheckpointError(f"{path}: found {some}; expected the VAE of an SD 1.x model, with keys such as "
+        raise CheckpointError(f"found {some}; expected the VAE of an SD 1.x model, with keys such as "
                               f"'{VAE}decoder.conv_in.weight' or 'decoder.conv_in.weight'")
     return own, metadata
+
+
+class SkipInit(TorchFunctionMode):
+    """Leaves weights undrawn, which even without storage takes longer than all else in making a network."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
+def build(network, config):
+    """Returns a network whose weights have shapes alone."""
+    with torch.device("meta"), SkipInit():
+        return NETWORKS[network](config)
 
 
 def blocks(module, prefix=""):
@@ -383,8 +412,8 @@ def convert(network, module, weights, device, dtype, mapped=(), prefix=""):
     """Takes the weights of a network, or of its part `prefix`, out of `weights` and returns them as the state dict that
     `module` wants.
 
-    What is returned is in memory of its own, not in the file's; the pages of `mapped`, what `find_mapped` returned, are let
-    go of one by one.
+    What is returned is in memory of its own, not in the file's; the pages of `mapped`, what `find_mapped` returned, are
+    let go of one by one.
     """
     state_dict = {}
     for name, expected in module.state_dict().items():
@@ -402,8 +431,7 @@ def convert(network, module, weights, device, dtype, mapped=(), prefix=""):
 
 
 def copy(tensor, target):
-    """`target.copy_(tensor)`; from float16 to bfloat16 by way of float32, as PyTorch's direct way takes thrice the time.
-    """
+    """`target.copy_(tensor)`; from float16 to bfloat16 by way of float32, as PyTorch's way takes thrice the time."""
     if (tensor.dtype, target.dtype) != (torch.float16, torch.bfloat16):
         target.copy_(tensor)
         return
@@ -417,7 +445,8 @@ def check_finite(tensor, original, name):
         return
     if is_finite(original):
         largest = original.float().abs().max().item()
-        raise CheckpointError(f"{name} holds {largest:.6g}, which {tensor.dtype} cannot hold; load it as float32 or bfloat16")
+        raise CheckpointError(f"{name} holds {largest:.6g}, which {tensor.dtype} cannot hold; load it as float32 or "
+                              f"bfloat16")
     raise CheckpointError(f"{name} holds NaN or infinite values; expected finite weights")
 
 
@@ -438,7 +467,7 @@ def take(weights, name, shape):
 
 
 def strip_ones(shape):
-    """A linear layer's weight and a 1x1 convolution's, or a bias (n,) and (n, 1, 1), are the same thing in two shapes."""
+    """A linear layer's weight and a 1x1 convolution's, a bias (n,) and (n, 1, 1), are one thing in two shapes."""
     shape = tuple(shape)
     while len(shape) > 1 and shape[-1] == 1:
         shape = shape[:-1]
@@ -453,9 +482,9 @@ def infer_configs(weights, metadata):
 
     Args:
         weights: tensors by standard name.
-        metadata: the safetensors metadata, whose `unet_heads`, `unet_groups`, `vae_groups`, `clip_heads`, `sample_size`,
-            `cfg_scale`, `words` (with spaces between), `guidance_rescale` and what `find_prediction` returns tell what
-            shapes cannot; SD 1.5's values hold for those that are absent.
+        metadata: the safetensors metadata, whose `unet_heads`, `unet_groups`, `vae_groups`, `clip_heads`,
+            `sample_size`, `cfg_scale`, `words` (with spaces between), `guidance_rescale` and what `find_prediction`
+            returns tell what shapes cannot; SD 1.5's values hold for those that are absent.
     """
 
     def shape(name):

@@ -4,11 +4,11 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import oracle
 import pytest
 import torch
 
 import model_converter
+import oracle
 from cpu.attention import onednn_computes
 from model_converter import read_networks
 

@@ -78,6 +78,7 @@ def empty_models(configs=TINY):
 def clip_oracle(weights, config=TINY["clip"]):
     model = empty_models({**TINY, "clip": config})[2]
     converted = single_file_utils.convert_ldm_clip_checkpoint(weights)
+    converted = {name: weight for name, weight in converted.items() if not name.endswith("position_ids")}
     if not hasattr(model, "text_model"):  # transformers since 5.6
         converted = {name.removeprefix("text_model."): weight for name, weight in converted.items()}
     model.load_state_dict(converted)

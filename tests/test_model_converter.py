@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import checkpoint_layout
 import model_converter
 import oracle
 from clip import CLIPConfig
@@ -44,7 +45,7 @@ def test_full_size_names_and_shapes_are_those_of_the_release():
     with torch.device("meta"):
         state_dicts = {network: NETWORKS[network]().state_dict() for network in NETWORKS}
     ours = {name: tuple(weight.shape) for name, weight in to_standard_weights(state_dicts).items()}
-    assert ours == {name: shape for name, shape in LAYOUT.items() if not name.endswith("position_ids")}
+    assert ours == LAYOUT
 
 
 def test_the_release_implies_the_default_configs():
@@ -127,14 +128,117 @@ def test_dtypes(written, tiny, weights, dtype, tmp_path):
         assert {weight.dtype for state_dict in loaded.values() for weight in state_dict.values()} == {torch.float32}
 
 
-def test_ema_is_taken_where_there_is_one_unless_asked_otherwise(written, tiny, weights):
+def averages(weights, change=1.0):
+    """The UNet's weights, changed, under the names of moving averages, with what goes with them."""
+    return {**{ema_name(name): weight + change for name, weight in weights.items() if name.startswith(UNET)},
+            "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(470000, dtype=torch.int32)}
+
+
+def test_the_average_is_taken_only_where_it_is_asked_for(written, tiny, weights):
     ema = {name: weight + 1 for name, weight in weights.items() if name.startswith(UNET)}
     assert ema_name(f"{UNET}input_blocks.0.0.weight") == "model_ema.diffusion_modelinput_blocks00weight"
-    both = {**weights, **{ema_name(name): weight for name, weight in ema.items()},
-            "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(470000, dtype=torch.int32)}
-    path = written({"state_dict": both})
-    assert_same(load_from_standard_weights(path), {**weights, **ema})
-    assert_same(load_from_standard_weights(path, use_ema=False), weights)
+    path = written({"state_dict": {**weights, **averages(weights)}})
+    assert_same(load_from_standard_weights(path), weights)
+    assert_same(load_from_standard_weights(path, use_ema=True), {**weights, **ema})
+    assert_same(load_from_standard_weights(written(weights), use_ema=True), weights)
+
+
+def test_averages_alone_are_loaded(written, tiny, weights):
+    rest = {name: weight for name, weight in weights.items() if not name.startswith(UNET)}
+    path = written({**rest, **averages(weights, change=0.0)})
+    for use_ema in (False, True):
+        assert_same(load_from_standard_weights(path, use_ema=use_ema), weights)
+
+
+def test_the_names_of_full_size_averages_alone_are_told_apart():
+    names = [name for name in LAYOUT if name.startswith(UNET)] + [f"{UNET}time_embedding.cond_proj.weight"]
+    assert [checkpoint_layout.name_of_ema(ema_name(name)) for name in names] == names
+
+
+def test_a_part_of_the_averages_is_refused_by_name(written, tiny, weights):
+    ema = averages(weights)
+    missing = ema_name(f"{UNET}out.2.bias")
+    del ema[missing]
+    path = written({**weights, **ema})
+    assert_same(load_from_standard_weights(path), weights)
+    with pytest.raises(CheckpointError, match=f"{missing} is missing, the moving average of {UNET}out.2.bias"):
+        load_from_standard_weights(path, use_ema=True)
+
+
+def test_nan_in_an_average_is_blamed_on_it(written, tiny, weights):
+    key = ema_name(f"{UNET}out.2.bias")
+    path = written({**weights, **averages(weights), key: torch.full((4,), float("nan"))})
+    assert_same(load_from_standard_weights(path), weights)
+    with pytest.raises(CheckpointError, match=f"{key} holds NaN"):
+        load_from_standard_weights(path, use_ema=True)
+
+
+@pytest.mark.parametrize("names", [("to_q", "to_k", "to_v", "to_out.0", "norm"),
+                                   ("to_q", "to_k", "to_v", "to_out.0", "group_norm"),
+                                   ("query", "key", "value", "proj_attn", "group_norm")])
+def test_other_names_of_the_vaes_attention(written, tiny, weights, names):
+    changed = {}
+    for name, weight in weights.items():
+        for old, new in zip(("q", "k", "v", "proj_out", "norm"), names):
+            name = name.replace(f".attn_1.{old}.", f".attn_1.{new}.")
+        changed[name] = weight
+    assert changed.keys() != weights.keys()
+    assert_same(load_from_standard_weights(written(changed)), weights)
+    bad = f"first_stage_model.encoder.mid.attn_1.{names[3]}.bias"
+    with pytest.raises(CheckpointError, match=rf"{bad} has shape \(7,\)"):
+        load_from_standard_weights(written({**changed, bad: torch.zeros(7)}))
+
+
+def test_biases_as_those_of_convolutions(written, tiny, weights):
+    changed = {name: weight[:, None, None] if ".attn_1." in name and name.endswith("bias") else weight
+               for name, weight in weights.items()}
+    assert_same(load_from_standard_weights(written(changed)), weights)
+
+
+def test_a_whole_clip_model_and_a_lora_beside(written, tiny, weights):
+    """A full CLIPModel in the place of its text half; keys of a LoRA and of a ControlNet beside the model."""
+    clip = "cond_stage_model.transformer."
+    extra = {clip + name: torch.zeros(2, 2) for name in
+             ("vision_model.embeddings.class_embedding", "visual_projection.weight", "text_projection.weight",
+              "logit_scale")}
+    assert_same(load_from_standard_weights(written({**extra, **weights})), weights)
+    beside = {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.zeros(2, 2),
+              "control_model.input_blocks.0.0.weight": torch.zeros(2, 2)}
+    with pytest.warns(UserWarning, match="'lora_unet_.*' and 1 more keys of a LoRA or ControlNet beside the model are"):
+        assert_same(load_from_standard_weights(written({**weights, **beside})), weights)
+
+
+def test_one_block_a_level_counted_as_if_there_were_two(written, tiny, tmp_path):
+    """As scripts wrote it that know SD 1.5's numbers alone: gaps where a second block would be, and an upsampling alone
+    in a block."""
+    configs = {**oracle.TINY, "diffusion": replace(oracle.TINY["diffusion"], n_blocks=1)}
+    weights = oracle.random_weights(configs)
+
+    def other(match):
+        side, number = match[1], int(match[2])
+        if side == "input_blocks":  # conv, block, down, block, down, block
+            return f"{UNET}{side}.{[0, 1, 3, 4, 6, 7][number]}."
+        return f"{UNET}{side}.{[0, 1, 3, 4, 6, 7][number]}."
+
+    changed = {}
+    for name, weight in weights.items():
+        new = re.sub(rf"^{UNET}(input_blocks|output_blocks)\.(\d+)\.", other, name)
+        new = re.sub(rf"^({UNET}output_blocks)\.1\.1\.conv", r"\1.2.1.conv", new)
+        changed[re.sub(rf"^({UNET}output_blocks)\.4\.2\.conv", r"\1.5.2.conv", new)] = weight
+    assert f"{UNET}output_blocks.5.2.conv.weight" in changed and f"{UNET}output_blocks.2.1.conv.bias" in changed
+    loaded = load_from_standard_weights(written(changed))
+    assert_same(loaded, weights)
+    del changed[f"{UNET}output_blocks.7.0.in_layers.0.bias"]
+    with pytest.raises(CheckpointError, match="in_layers.0.bias is missing"):
+        load_from_standard_weights(written(changed))
+
+
+def test_added_tokens_make_rows(written, tiny, weights):
+    key = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    more = {**weights, key: torch.cat([weights[key], torch.ones(2, 32)])}
+    loaded = load_from_standard_weights(written(more))
+    assert loaded["clip"]["token_embedding.weight"].shape == (49410, 32)
+    assert_same(loaded, more)
 
 
 def test_what_belongs_to_training_is_ignored(written, tiny, weights):
@@ -193,12 +297,21 @@ def test_an_inpainting_model_has_nine_input_channels(tmp_path):
     ("down_blocks.0.resnets.0.conv1.weight", "a diffusers folder"),
     ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "SD 3"),
     ("fc.weight", "'fc.weight'"),
+    ("first_stage_model.quantize.embedding.weight", "VQ codebook"),
 ])
 def test_other_models(tmp_path, name, message):
     save_file({name: torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match=f"other.safetensors: found .*{message}.*expected") as caught:
         load_from_standard_weights(tmp_path / "other.safetensors")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("side", ["encoder.down", "decoder.up"])
+def test_a_vae_without_levels(tmp_path, weights, side):
+    rest = {name: weight for name, weight in weights.items() if f".{side}." not in name}
+    save_file(rest, tmp_path / "model.safetensors", oracle.METADATA)
+    with pytest.raises(CheckpointError, match=rf"first_stage_model.{side}.0.block.0.conv1.weight is missing"):
+        load_from_standard_weights(tmp_path / "model.safetensors")
 
 
 def spoiled(weights, key, value):
@@ -216,6 +329,7 @@ def spoiled(weights, key, value):
     (f"{UNET}out.0.bias", torch.full((32,), float("inf")), "holds NaN or infinite values"),
     (f"{UNET}out.0.bias", torch.zeros(32, dtype=torch.int64), "' is torch.int64; expected a tensor of floating point"),
     (f"{UNET}label_emb.0.0.weight", torch.zeros(4), "does not have"),
+    ("first_stage_model.quantize.embedding.weight", torch.zeros(4, 4), "VQ codebook"),
 ])
 def test_broken_weights_name_the_key(tmp_path, weights, key, value, message):
     save_file(spoiled(weights, key, value), tmp_path / "broken.safetensors", oracle.METADATA)
