@@ -1,8 +1,9 @@
 """One thread for networks as small as the embedded one.
 
-The layers of such a network take microseconds. Between two of them, threads that share the work wait for each other in a
-busy loop; where another process has one of the cores, they wait for as long as the system lets that run. On two cores, 25
-steps that take 0.4 s on an idle machine then take 6 s and more, and one thread 0.8 s (benchmarks/results/threads.md).
+The layers of such a network take microseconds. Between two of them, threads that share the work wait for each other in
+a busy loop; where another process has one of the cores, they wait for as long as the system lets that process run. On
+two cores, 25 steps take 0.4 s on an idle machine. On a busy one they take 6 s and more in two threads, and 0.8 s in one
+(benchmarks/results/threads.md).
 """
 
 import threading

@@ -65,7 +65,7 @@ def sample(sampler, n, pictures=None, strength=None, shape=SHAPE, dtype=torch.fl
     return run(sampler, sampler.add_noise(pictures, sampler.timesteps[0]))
 
 
-def sample_reference(name, scheduler, generator, n, pictures=None, strength=None, step_settings={}):
+def sample_reference(name, scheduler, generator, n, pictures=None, strength=None, **step_settings):
     """sample() through diffusers, in the order of its pipelines. Returns the timesteps as well."""
     scheduler.set_timesteps(n)
     first = 0 if strength is None else n - min(int(n * strength), n)
@@ -89,20 +89,24 @@ def sample_reference(name, scheduler, generator, n, pictures=None, strength=None
     for t in timesteps:
         x = scheduler.scale_model_input(latents, t)
         trajectory.append(x)
-        settings = dict(step_settings, generator=generator) if name in STOCHASTIC else step_settings
-        latents = scheduler.step(predict_noise(x, t), t, latents, **settings).prev_sample
+        more = dict(generator=generator) if name in STOCHASTIC else {}
+        latents = scheduler.step(predict_noise(x, t), t, latents, **step_settings, **more).prev_sample
         if name == "plms" and first > 1 and t == timesteps[0]:
             scheduler.counter = 2       # or it would correct this step in the next call, which is another step's
     return trajectory + [latents], timesteps.tolist()
 
 
-def compare(name, n, strength=None, step_settings={}, settings={}, tolerance=1e-5, **both):
-    """Asserts that the latents of all calls agree, relative to the largest of each call."""
+def compare(name, n, strength=None, eta=None, tolerance=1e-5, **both):
+    """Asserts that the latents of all calls agree, relative to the largest of each call.
+
+    diffusers takes eta with each step, ours when the sampler is made.
+    """
     kind, reference_settings = REFERENCES[name]
     pictures = torch.randn(SHAPE, generator=seeded(0))
     scheduler = kind(**SD15, **reference_settings, **both)
-    expected, timesteps = sample_reference(name, scheduler, seeded(1), n, pictures, strength, step_settings)
-    sampler = make(name, seeded(1), **both, **settings)
+    eta = {} if eta is None else {"eta": eta}
+    expected, timesteps = sample_reference(name, scheduler, seeded(1), n, pictures, strength, **eta)
+    sampler = make(name, seeded(1), **both, **eta)
     trajectory = sample(sampler, n, pictures, strength)
     assert sampler.timesteps == pytest.approx(timesteps, abs=2e-3)
     assert len(trajectory) == len(expected)
@@ -151,7 +155,7 @@ def test_euler_ancestral_takes_the_karras_levels_of_euler():
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_ddim_with_eta_is_that_of_diffusers(spacing, eta):
     for n in (1, 5, 50):
-        compare("ddim", n, None, dict(eta=eta), dict(eta=eta), timestep_spacing=spacing)
+        compare("ddim", n, eta=eta, timestep_spacing=spacing)
 
 
 @pytest.mark.parametrize("name", ("ddim", "plms"))
