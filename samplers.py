@@ -6,7 +6,7 @@ of Karras et al. (2022, EDM, arXiv 2206.00364) are written for another scale, x 
     σ = sqrt((1 - ᾱ) / ᾱ)        ᾱ = 1 / (1 + σ²)        and the ODE to solve is dx/dσ = ε                (EDM, eq. 1)
 
 So here x comes in times sqrt(1 + σ²) of this level, and the result goes out over the same of the next level. Both
-factors are part of the coefficients: the latents themselves never grow to the size of σ, where half precision is coarse.
+factors are part of the coefficients: the latents never grow to the size of σ, where half precision is coarse.
 
 Settings have diffusers' names, and trajectories are diffusers' own, as SD 1.5 is published and compared in its terms.
 k-diffusion takes the same steps between the same levels, but differs in two points:
@@ -80,10 +80,10 @@ class PLMSSampler(DDPMSampler):
     twice: the second time with the mean of the predictions at its two ends, as the paper's S-PNDM starts. That is why
     the second timestep is listed twice, and n steps call the model n + 1 times.
 
-    With strength < 1, a run has the calls that diffusers makes. diffusers skips as many of the n + 1 calls as other
-    samplers skip of their n steps, so the run begins one step earlier than theirs. It takes no step twice: its first
-    step uses one prediction, its second two, and so on. diffusers tries to repeat the first step there as well,
-    although its timestep is not listed twice, and is one step behind from then on; that is not followed.
+    With strength < 1, a run has as many calls as in diffusers, which skips as many of the n + 1 calls as other samplers
+    skip of their n steps. From two skipped steps on, the run therefore begins one step earlier than theirs, and takes
+    no step twice: its first step uses one prediction, its second two, and so on. diffusers corrects the first step of
+    such a run, too, although no timestep is listed twice, and is one step behind from then on; that is not followed.
 
     Steps are 1000 // n timesteps long, as in DDIMSampler: prefer another spacing than "linspace".
 
