@@ -46,7 +46,8 @@ class CLIP(nn.Module):
         self.config = config
         # Zeros, as weights come from a checkpoint: drawing random ones takes seconds, on the meta device too.
         self.token_embedding = nn.Embedding.from_pretrained(torch.zeros(config.n_vocab, config.d_embed), freeze=False)
-        self.position_embedding = nn.Embedding.from_pretrained(torch.zeros(config.n_tokens, config.d_embed), freeze=False)
+        self.position_embedding = nn.Embedding.from_pretrained(
+            torch.zeros(config.n_tokens, config.d_embed), freeze=False)
         self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.d_embed)
 

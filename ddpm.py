@@ -43,7 +43,8 @@ def draw_noise(generator, shape, device="cpu", dtype=torch.float32):
     generator k alone, so that a picture does not change with the batch that it is drawn in.
     """
     if not isinstance(generator, (list, tuple)):
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device, dtype, non_blocking=True)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return noise.to(device, dtype, non_blocking=True)
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for {shape[0]} rows of latents: pass one a row, or a single one")
     rows = [torch.randn(1, *shape[1:], generator=g, dtype=torch.float32, device="cpu") for g in generator]

@@ -156,9 +156,9 @@ class SwitchSequential(nn.Sequential):
 class Diffusion(nn.Module):
     """Predicts the noise in the latents.
 
-    The UNet of SD 1.5, from top to bottom on the way down, from bottom to top on the way up. Each encoder leaves one skip
-    connection, each decoder takes one. The last encoder of a level but the lowest halves width and height (↓), its last
-    decoder doubles them (↑).
+    The UNet of SD 1.5, from top to bottom on the way down, from bottom to top on the way up. Each encoder leaves one
+    skip connection, each decoder takes one. The last encoder of a level but the lowest halves width and height (↓), its
+    last decoder doubles them (↑).
 
         level   size    channels   encoders       decoders       looks at the text
         0       1          320     0, 1, 2, 3↓    9, 10, 11      yes
@@ -167,8 +167,9 @@ class Diffusion(nn.Module):
         3       1/8       1280     10, 11         0, 1, 2↑       no
                           1280          bottleneck               yes
 
-    Encoder 0 is a convolution, an encoder with an arrow a Downsample alone; all others are a ResidualBlock, followed by an
-    AttentionBlock where the level looks at the text; a decoder with an arrow ends in an Upsample.
+    Encoder 0 is a convolution, an encoder with an arrow a Downsample alone; all others are a ResidualBlock, followed by
+    an AttentionBlock where the level looks at the text; a decoder with an arrow ends in an Upsample. The arrows point
+    where the level ends: 8↑ of level 1 hands on pixels of level 0.
     """
 
     def __init__(self, config: DiffusionConfig = DiffusionConfig()):
@@ -232,7 +233,8 @@ class Diffusion(nn.Module):
         x = self.decode(x, skips, context, time)
         return self.conv_out(F.silu(self.norm_out(x)))
 
-    def encode(self, x: Tensor, context: Tensor, time: Tensor, blocks: nn.ModuleList | None = None):
+    def encode(self, x: Tensor, context: Tensor, time: Tensor,
+               blocks: nn.ModuleList | None = None) -> tuple[Tensor, list[Tensor]]:
         """The way down.
 
         Args:
@@ -250,7 +252,8 @@ class Diffusion(nn.Module):
             skips.append(x)
         return x, skips
 
-    def decode(self, x: Tensor, skips: list[Tensor], context: Tensor, time: Tensor, blocks: nn.ModuleList | None = None):
+    def decode(self, x: Tensor, skips: list[Tensor], context: Tensor, time: Tensor,
+               blocks: nn.ModuleList | None = None) -> Tensor:
         """The way up.
 
         Args:

@@ -62,15 +62,15 @@ def generate(prompt: str | list[str] | None = None, uncond_prompt: str | list[st
         progress: whether to show a bar.
 
     Returns:
-        A uint8 array (height, width, 3); for a list of n prompts, or a context for n > 1 pictures, (n, height, width, 3).
+        A uint8 array (height, width, 3); for a list of n prompts, or for n > 1 pictures, (n, height, width, 3).
 
     Raises:
         ValueError: an argument is out of range, or the tokenizer is not the text encoder's.
         FileNotFoundError: there is no such image, or no checkpoint in data/.
         FloatingPointError: the networks returned NaN or infinity.
     """
-    prompts, uncond_prompts = check_arguments(prompt, uncond_prompt, input_image, strength, cfg_scale, sampler_name, seed,
-                                              device, idle_device, height, width, sampler, context, latents)
+    prompts, uncond_prompts = check_arguments(prompt, uncond_prompt, input_image, strength, cfg_scale, sampler_name,
+                                              seed, device, idle_device, height, width, sampler, context, latents)
     from_noise = input_image is None and latents is None
     sampler = plan(sampler or SAMPLERS[sampler_name](), n_inference_steps, 1.0 if from_noise else strength)
     image = None if input_image is None else open_image(input_image)
@@ -116,13 +116,13 @@ def denoise(diffusion: nn.Module, sampler: DDPMSampler, latents: Tensor, context
     arXiv 2207.12598 with cfg_scale = 1 + w.
 
     Args:
-        diffusion: a `diffusion.Diffusion`, or what is called like one. If it has `for_run(sampler)`, what that returns is
-            called instead: there lives what belongs to one run alone.
+        diffusion: a `diffusion.Diffusion`, or what is called like one. If it has `for_run(sampler)`, what that returns
+            is called instead: there lives what belongs to one run alone.
         sampler: planned, by `set_inference_timesteps` and `set_strength`.
         latents: (pictures, 4, h / 8, w / 8) float32 at the noise level of sampler.timesteps[0].
         context: (pictures or 2 * pictures, tokens, d), or a function of step and number of steps that returns it.
-        cfg_scale: the guidance scale, or a function of the noise level sigma = sqrt((1 - ᾱ) / ᾱ), of 0.03 to 14.6, that
-            returns it; where it is 1, a step is unguided and half the work.
+        cfg_scale: the guidance scale, or a function that returns it for a noise level sigma = sqrt((1 - ᾱ) / ᾱ),
+            of 0.03 to 14.6; where it is 1, a step is unguided and half the work.
         callback: called after each step as callback(step, timestep, latents), steps counted from 0; returns None, or
             latents to go on with. There will be len(sampler.timesteps) calls.
         progress: whether to show a bar.
@@ -149,8 +149,8 @@ def predict_noise(diffusion: nn.Module, latents: Tensor, timestep: float, contex
     """Returns the predicted noise ε, guided if the context has twice the latents' rows, in float32 as the latents."""
     n_pictures = len(latents)
     if len(context) not in (n_pictures, 2 * n_pictures):
-        raise ValueError(f"context has {len(context)} rows for {n_pictures} pictures; give {n_pictures}, or with guidance "
-                         f"{2 * n_pictures}")
+        raise ValueError(f"context has {len(context)} rows for {n_pictures} pictures; give {n_pictures}, or with "
+                         f"guidance {2 * n_pictures}")
     if cfg_scale == 1:
         context = context[:n_pictures]
     time_embedding = get_time_embedding(timestep, diffusion.config.channels[0])
@@ -185,7 +185,8 @@ def tokenize(texts: Sequence[str], tokenizer, n_tokens: int = 77) -> Tensor:
         end = ids[-1]
         if len(ids) > n_tokens:
             dropped = tokenizer.decode(ids[n_tokens - 1 : -1])
-            warn(f"the prompt {text[:40]!r}… has {len(ids)} tokens, the text encoder takes {n_tokens}: dropped {dropped!r}")
+            warn(f"the prompt {text[:40]!r} has {len(ids)} tokens, the text encoder takes {n_tokens}: "
+                 f"dropped {dropped!r}")
         ids = ids[:-1][: n_tokens - 1]
         rows.append(ids + [end] * (n_tokens - len(ids)))
     return torch.tensor(rows, device="cpu")
@@ -252,8 +253,8 @@ def count_pictures(prompts: list[str], context: Context, latents: Tensor | None,
 
 
 def show_progress(timesteps: list, progress: bool) -> Iterator:
-    """Yields the timesteps under tqdm's bar, and goes on without it where it cannot be written: no picture is lost for a
-    closed terminal."""
+    """Yields the timesteps under tqdm's bar, and without it where it cannot be written: no picture is lost for a closed
+    terminal."""
     bar = None
     cannot_write = suppress(OSError, ValueError, AttributeError)
     with cannot_write:
@@ -272,8 +273,8 @@ def check_finite(latents: Tensor, step: int, n_steps: int) -> None:
     """Raises FloatingPointError for NaN and infinity. On a GPU only the last step is looked at, which has them if one
     before it had: looking waits for the GPU."""
     if (latents.device.type == "cpu" or step == n_steps - 1) and not latents.isfinite().all():
-        raise FloatingPointError(f"the latents hold NaN or infinity after step {step} (from 0); try dtype float32, or a "
-                                 f"lower cfg_scale")
+        raise FloatingPointError(f"the latents hold NaN or infinity after step {step} (from 0); try dtype float32, or "
+                                 f"a lower cfg_scale")
 
 
 def warn(message: str) -> None:
