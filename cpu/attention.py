@@ -21,7 +21,7 @@ def blocks_win() -> bool:
     """Returns whether `attend_in_blocks` is the faster one on this processor (benchmarks/attention.py).
 
     With 4,096 tokens and heads of 40, it took 1/1.3 to 1/1.7 of PyTorch's time on AMD's Zen 4 and 5; that was before
-    queries had their rest beside them. On Intel's processors with AMX, whose matrix units serve PyTorch's own attention,
+    queries had their rest beside them. On Intel's processors with AMX, whose matrix units PyTorch's own attention uses,
     it took 84 ms against 45: there PyTorch attends.
     """
     return onednn_computes(torch.bfloat16) and not torch.cpu._is_amx_tile_supported()

@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -30,6 +31,7 @@ STOCHASTIC = ("ddpm", "ddim", "euler_a", "dpmpp_2m_sde", "lcm")
 IN_ORDER = ("plms", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde")
 SPACINGS = ("leading", "trailing", "linspace")
 SHAPE = (2, 4, 3, 5)
+ROOT = Path(__file__).parent.parent
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")    # diffusers' own
 
@@ -402,13 +404,11 @@ def test_bad_input_gets_one_line(call, says):
 
 
 def test_a_sampler_of_ones_own():
-    """The one of README.md: Euler's method in four lines, which must equal ours."""
-    class MySampler(DDPMSampler):                           # brings the schedule, img2img and add_noise along
-        def step(self, timestep, latents, model_output):
-            levels = [self.alpha_bar(t) for t in self.timesteps if t <= timestep] + [1.0]
-            a, a_next = levels[:2]
-            x0 = (latents - (1 - a) ** 0.5 * model_output) / a**0.5
-            return a_next**0.5 * x0 + (1 - a_next) ** 0.5 * model_output
+    """The one that the README prints: Euler's method in four lines, which must equal ours."""
+    code, = re.findall(r"^class MySampler.*?\n\n", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    names = {"DDPMSampler": DDPMSampler}
+    exec(code, names)
+    MySampler = names["MySampler"]
 
     pictures = torch.randn(SHAPE, generator=seeded(0))
     for strength in (None, 0.5):
