@@ -10,6 +10,8 @@ import torch
 import oracle
 from cpu.attention import onednn_computes
 from model_converter import read_networks
+from model_loader import load_tokenizer
+from pipeline import generate
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -37,6 +39,20 @@ def models(checkpoint):
     """The four networks of that checkpoint, on the CPU in float32."""
     modules = read_networks(checkpoint, dtype=torch.float32)
     return {network: module.eval() for network, module in modules.items()}
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture
+def draw(models, tokenizer):
+    """generate() with the tiny networks and two steps: 64x64 pixels."""
+    def draw(prompt="a cat", **settings):
+        settings = {"n_inference_steps": 2, "sampler_name": "ddim", "seed": 7, **settings}
+        return generate(prompt, models=models, tokenizer=tokenizer, **settings)
+    return draw
 
 
 def pytest_collection_modifyitems(items):

@@ -15,25 +15,11 @@ import images
 import model_loader
 import oracle
 import pipeline
-from model_loader import load_tokenizer
+from oracle import picture
 from pipeline import denoise, encode_prompts, generate, get_time_embedding
 from samplers import SAMPLERS
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return load_tokenizer()
-
-
-@pytest.fixture
-def draw(models, tokenizer):
-    """generate() with the tiny model and few steps."""
-    def draw(prompt="a cat", **settings):
-        settings = {"n_inference_steps": 2, "sampler_name": "ddim", "seed": 7, **settings}
-        return generate(prompt, models=models, tokenizer=tokenizer, **settings)
-    return draw
 
 
 @pytest.fixture(scope="session")
@@ -45,13 +31,6 @@ def diffusers_parts(weights, tokenizer):
 
 SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1)
 SCHEDULERS = {"ddim": DDIMScheduler(**SCHEDULE, set_alpha_to_one=False), "ddpm": DDPMScheduler(**SCHEDULE)}
-
-
-def picture(size=(64, 64), seed=0):
-    """A smooth coloured RGB picture."""
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
 
 # ---- the same function as diffusers' pipelines
