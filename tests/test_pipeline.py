@@ -18,25 +18,11 @@ import oracle
 import pipeline
 from clip import CLIP
 from diffusion import Diffusion
-from model_loader import load_tokenizer
+from oracle import picture
 from pipeline import denoise, encode_prompts, generate, get_time_embedding
 from samplers import SAMPLERS
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return load_tokenizer()
-
-
-@pytest.fixture
-def draw(models, tokenizer):
-    """generate() with the tiny model and few steps."""
-    def draw(prompt="a cat", **settings):
-        settings = {"n_inference_steps": 2, "sampler_name": "ddim", "seed": 7, **settings}
-        return generate(prompt, models=models, tokenizer=tokenizer, **settings)
-    return draw
 
 
 @pytest.fixture(scope="session")
@@ -48,13 +34,6 @@ def diffusers_parts(weights, tokenizer):
 
 SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1)
 SCHEDULERS = {"ddim": DDIMScheduler(**SCHEDULE, set_alpha_to_one=False), "ddpm": DDPMScheduler(**SCHEDULE)}
-
-
-def picture(size=(64, 64), seed=0):
-    """A smooth coloured RGB picture."""
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
 
 # ---- the same function as diffusers' pipelines
@@ -418,7 +397,8 @@ def test_another_default_device_changes_nothing(draw):
     (dict(prompt="\ud800"), r"half a letter"),
     (dict(idle_device="attic"), r"device is 'attic'"),
     (dict(latents=torch.zeros(4, 8, 8)), r"latents is .*give a tensor"),
-    (dict(latents=torch.zeros(1, 4, 8, 8), height=128), r"height and width are 128 and None, the latents are for 64 and 64"),
+    (dict(latents=torch.zeros(1, 4, 8, 8), height=128),
+     r"height and width are 128 and None, the latents are for 64 and 64"),
     (dict(latents=torch.zeros(1, 4, 8, 8), input_image=picture()), r"latents and input_image are given"),
     (dict(latents=torch.zeros(2, 4, 8, 8)), r"1 prompts for 2 latents"),
     (dict(sampler_name="magic"), r"sampler_name is 'magic'; known are ddpm, ddim, plms"),
@@ -455,7 +435,8 @@ def test_a_foreign_tokenizer_is_refused(models):
         generate("a cat", models=models, tokenizer=two_tokens)
 
 
-@pytest.mark.parametrize("network, message", [("diffusion", r"after step 0 .*float32"), ("decoder", r"decoder .*float32")])
+@pytest.mark.parametrize("network, message", [("diffusion", r"after step 0 .*float32"),
+                                              ("decoder", r"decoder .*float32")])
 def test_non_finite_values_raise(models, tokenizer, network, message):
     broken = oracle.randomize(type(models[network])(models[network].config))
     broken.conv_out.bias[0] = math.nan
@@ -486,8 +467,8 @@ def test_command_line_writes_a_picture_and_never_overwrites(checkpoint, tmp_path
         assert told in done.stdout
     second = Image.open(tmp_path / "apple-2.png")
     assert second.size == (64, 64)
-    assert second.text["parameters"] == ("a red apple\nNegative prompt: blurry\nSteps: 2, Sampler: DDIM, CFG scale: 3.0, "
-                                         "Seed: 6, Size: 64x64, Model: tiny")
+    assert second.text["parameters"] == ("a red apple\nNegative prompt: blurry\n"
+                                         "Steps: 2, Sampler: DDIM, CFG scale: 3.0, Seed: 6, Size: 64x64, Model: tiny")
     before = (tmp_path / "apple-1.png").read_bytes()
     again = run(*arguments[:-4], "--count", 2, "--output", tmp_path / "apple.png")
     assert again.returncode != 0 and "--overwrite" in again.stderr and again.stderr.count("\n") == 1
@@ -517,14 +498,16 @@ def test_command_line_mistakes_get_one_line(arguments, message, tmp_path):
 
 
 def test_help_imports_nothing_heavy():
-    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "cli.py", "--help"], capture_output=True, text=True)
+    command = [sys.executable, "-X", "importtime", ROOT / "cli.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "--cfg-scale" in done.stdout
     assert not any(name in done.stderr for name in ["torch", "transformers", "numpy", "PIL"])
 
 
 def test_help_names_every_sampler():
     help_text = run("--help").stdout.replace("\n", " ")
-    assert all(name in help_text for name in SAMPLERS) and len({sampler.label for sampler in SAMPLERS.values()}) == len(SAMPLERS)
+    assert all(name in help_text for name in SAMPLERS)
+    assert len({sampler.label for sampler in SAMPLERS.values()}) == len(SAMPLERS)
 
 
 # ---- fewer and cheaper steps
