@@ -50,14 +50,19 @@ def rescale_guidance(guided, cond, guidance_rescale):
     return guidance_rescale * rescaled + (1 - guidance_rescale) * guided
 
 
-def space_timesteps(n, num_training_steps, timestep_spacing, steps_offset):
+def space_timesteps(n, num_training_steps, timestep_spacing, steps_offset, most_whole=50):
     """n timesteps, high to low, as a float64 array (n,); "linspace" gives fractional ones.
 
-    Table 2 of Lin et al. 2023 (arXiv 2305.08891), in the form that diffusers gave it, which counts from 0.
+    Table 2 of Lin et al. 2023 (arXiv 2305.08891), in the form that diffusers gave it, which counts from 0. But where
+    "leading" steps of a whole number of timesteps would leave out the noisiest (501 steps of one each: the upper half),
+    and there are more than most_whole, they are not all of one length.
     """
     i = np.arange(n)
     if timestep_spacing == "leading":
-        timesteps = i[::-1] * max(num_training_steps // n, 1) + steps_offset
+        stride = max(num_training_steps // n, 1)
+        if n > most_whole and num_training_steps - 1 - ((n - 1) * stride + steps_offset) > stride:
+            stride = num_training_steps / n
+        timesteps = np.floor(i[::-1] * stride) + steps_offset
     elif timestep_spacing == "trailing":
         timesteps = np.arange(num_training_steps, 0, -num_training_steps / n)[:n].round() - 1      # [:n]: 0 may slip in
     else:
@@ -175,10 +180,19 @@ class DDPMSampler:
         return coefficients
 
     def add_noise(self, latents, timestep):
-        """x_t (eq. 4) for clean latents x_0 (batch, 4, h, w), with fresh noise: the same shape, dtype and device."""
-        alpha_bar = self.alpha_bar(timestep)
+        """x_t (eq. 4) for clean latents x_0 (batch, 4, h, w), with fresh noise: the same shape, dtype and device.
+
+        timestep: a number, or one a row (a list, array or tensor), as training has it.
+        """
+        timesteps = np.asarray(timestep.cpu() if isinstance(timestep, torch.Tensor) else timestep).reshape(-1)
+        if len(timesteps) not in (1, len(latents)):
+            raise ValueError(f"there are {len(timesteps)} timesteps for {len(latents)} rows of latents; give one, or one a "
+                             f"row")
+        alpha_bar = torch.tensor([self.alpha_bar(t) for t in timesteps.tolist()], dtype=torch.float64, device="cpu")
+        signal, noise_level = (x.sqrt().to(latents.device, latents.dtype).view(-1, 1, 1, 1) for x in
+                               (alpha_bar, 1 - alpha_bar))
         noise = draw_noise(self.generator, latents.shape, latents.device, latents.dtype)
-        return sqrt(alpha_bar) * latents + sqrt(1 - alpha_bar) * noise
+        return signal * latents + noise_level * noise
 
     def alpha_bar(self, timestep):
         """ᾱ at a timestep of the schedule, which may lie between two trained ones, or else at any trained one."""

@@ -62,11 +62,9 @@ class DDIMSampler(DDPMSampler):
 
     def get_coefficients(self) -> list[tuple]:
         """(c_x, c_eps, c_noise) of each step: eq. 12 with x_0 = (x - sqrt(1 - ᾱ) ε) / sqrt(ᾱ), and σ(η) of eq. 16."""
-        stride = self.num_training_steps // self.num_inference_steps
         coefficients = []
-        for t in self.timesteps:
+        for t, alpha_bar_prev in zip(self.timesteps, alpha_bars_below(self, self.timesteps)):
             alpha_bar = self.alpha_bar(t)
-            alpha_bar_prev = self.alpha_bar(t - stride) if t >= stride else self.final_alpha_bar
             std = self.eta * sqrt((1 - alpha_bar_prev) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_prev))
             c_x = sqrt(alpha_bar_prev / alpha_bar)
             coefficients.append((c_x, sqrt(1 - alpha_bar_prev - std**2) - c_x * sqrt(1 - alpha_bar), std))
@@ -116,14 +114,13 @@ class PLMSSampler(DDPMSampler):
 
     def get_coefficients(self) -> list[tuple]:
         """(c_x, c_eps) of each call: eq. 11, which is DDIM's step."""
-        stride = self.num_training_steps // self.num_inference_steps
         starts = list(self.timesteps)
-        if self.repeats:
-            starts[1:2] = [t + stride for t in starts[1:2]]  # the second call takes the first step again
+        if self.repeats and len(starts) > 1:  # the second call takes the first step again
+            stride = self.num_training_steps // self.num_inference_steps
+            starts[1] = starts[0] if self.timestep_spacing == "leading" else starts[1] + stride
         coefficients = []
-        for t in starts:
+        for t, alpha_bar_prev in zip(starts, alpha_bars_below(self, starts)):
             alpha_bar = self.alpha_bar(t)
-            alpha_bar_prev = self.alpha_bar(t - stride) if t >= stride else self.final_alpha_bar
             c_x = sqrt(alpha_bar_prev / alpha_bar)
             coefficients.append((c_x, sqrt(1 - alpha_bar_prev) - c_x * sqrt(1 - alpha_bar)))
         return coefficients
@@ -289,7 +286,8 @@ class DPMpp2MSampler(EulerSampler):
             timesteps = self.timesteps_at(sigmas).round().astype(int)
         else:
             points = n if self.timestep_spacing == "trailing" else n + 1
-            timesteps = space_timesteps(points, self.num_training_steps, self.timestep_spacing, self.steps_offset)
+            timesteps = space_timesteps(
+                points, self.num_training_steps, self.timestep_spacing, self.steps_offset, most_whole=51)
             timesteps = timesteps[:n].round().astype(int)
             sigmas = self.training_sigmas[timesteps]
         return timesteps.tolist(), (1 / (1 + sigmas**2)).tolist() + [1.0]
@@ -382,6 +380,15 @@ class LCMSampler(DDPMSampler):
             c_eps = -c_out * sqrt((1 - alpha_bar) / alpha_bar)
             coefficients.append((sqrt(alpha_bar_prev) * c_x, sqrt(alpha_bar_prev) * c_eps, sqrt(1 - alpha_bar_prev)))
         return coefficients
+
+
+def alpha_bars_below(sampler: DDIMSampler | PLMSSampler, timesteps: Sequence[int]) -> list[float]:
+    """Returns ᾱ where the steps of DDIM and PLMS from these timesteps end: at the next timestep of "leading" spacing, else
+    1000 // n timesteps lower, as in diffusers."""
+    every, stride = sampler.get_schedule()[0], sampler.num_training_steps // sampler.num_inference_steps
+    following = dict(zip(every, every[1:]))
+    below = [following.get(t, -1) if sampler.timestep_spacing == "leading" else t - stride for t in timesteps]
+    return [sampler.alpha_bar(t) if t >= 0 else sampler.final_alpha_bar for t in below]
 
 
 def space_karras_sigmas(n: int, sigma_max: float, sigma_min: float, rho: float = 7) -> np.ndarray:

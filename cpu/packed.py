@@ -56,12 +56,20 @@ def pack(layer: nn.Module) -> nn.Module:
 
 
 class Packed(nn.Module):
-    """A layer with a packed weight. Raises ValueError when it is to be moved or converted, which PyTorch cannot do."""
+    """A layer with a packed weight, which PyTorch can only compute with.
+
+    Raises ValueError when it is to be moved, converted, saved or copied, rather than leave the weight out.
+    """
 
     def __init__(self, weight, bias):
         super().__init__()
         self.packed_weight = weight  # no parameter: an opaque tensor
         self.register_parameter("bias", bias)
+
+    def refuse(self, *args, **kwargs):
+        raise ValueError("packed weights can be neither saved nor copied; load the checkpoint with pack=False for that")
+
+    state_dict = __deepcopy__ = __reduce_ex__ = refuse
 
     def _apply(self, function, recurse=True):
         like = torch.empty(0, dtype=self.packed_weight.dtype)
@@ -77,6 +85,7 @@ class PackedLinear(Packed):
         super().__init__(onednn._reorder_linear_weight(weight.detach().contiguous()), bias)
 
     def forward(self, x):
+        x = x.to(self.packed_weight.dtype)  # which within torch.autocast it may have lost
         return onednn._linear_pointwise(x, self.packed_weight, self.bias, "none", [], "")
 
 
@@ -97,6 +106,7 @@ class PackedGEGLU(nn.Module):
 
     def forward(self, x):
         gate, hidden = self.gate, self.hidden
+        x = x.to(gate.packed_weight.dtype)
         gate = onednn._linear_pointwise(x, gate.packed_weight, gate.bias, "gelu", [], "none")
         return onednn._linear_pointwise.binary(x, gate, hidden.packed_weight, hidden.bias, "mul")
 
@@ -107,6 +117,7 @@ class PackedConv2d(Packed):
         super().__init__(onednn._reorder_convolution_weight(weight.detach(), *self.geometry), bias)
 
     def forward(self, x):
+        x = x.to(self.packed_weight.dtype)
         return onednn._convolution_pointwise(x, self.packed_weight, self.bias, *self.geometry, "none", [], "")
 
 

@@ -8,6 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from ddpm import DDPMSampler, draw_noise, get_alphas_cumprod, space_timesteps
+from samplers import SAMPLERS
 
 SD15 = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
             clip_sample=False)
@@ -52,6 +53,40 @@ def test_any_number_of_steps_has_as_many_different_trained_timesteps(spacing):
         timesteps = space_timesteps(n, 1000, spacing, steps_offset=1).round().tolist()
         assert len(timesteps) == n and timesteps[0] <= 999 and timesteps[-1] >= 0
         assert all(t > t_next for t, t_next in zip(timesteps, timesteps[1:]))
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "plms"])
+def test_pure_noise_is_what_the_first_step_expects(name):
+    """From 334 to 900 steps diffusers' whole strides leave out up to the noisier half of the schedule."""
+    for n in range(1, 1001, 7):
+        sampler = SAMPLERS[name]()
+        sampler.set_inference_timesteps(n)
+        assert n <= 50 or 999 - sampler.timesteps[0] <= 1000 / n
+        assert n <= 50 or sampler.alpha_bar(sampler.timesteps[0]) < 0.008
+
+
+@pytest.mark.parametrize("name", ["ddim", "plms"])
+@pytest.mark.parametrize("n", [60, 501, 750])
+def test_steps_of_many_lengths_lead_from_each_timestep_to_the_next(name, n):
+    """On x_0 = 0 alone, all noise: whatever the lengths, each step must land on the next level."""
+    sampler = SAMPLERS[name]()
+    sampler.set_inference_timesteps(n)
+    eps = torch.randn(SHAPE, generator=seeded(0), dtype=torch.float64)
+    latents = math.sqrt(1 - sampler.alpha_bar(sampler.timesteps[0])) * eps
+    for i, t in enumerate(sampler.timesteps):
+        latents = sampler.step(t, latents, eps)
+        following = sampler.timesteps[i + 1] if i + 1 < len(sampler.timesteps) else 0
+        torch.testing.assert_close(latents, math.sqrt(1 - ALPHAS_CUMPROD[following]) * eps, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kind", [list, torch.tensor])
+def test_each_row_may_have_a_timestep_of_its_own(kind):
+    timesteps, x0 = [1, 999], torch.randn(SHAPE, generator=seeded(0))
+    noisy = DDPMScheduler(**SD15).add_noise(x0, torch.randn(SHAPE, generator=seeded(5)), torch.tensor(timesteps))
+    result = DDPMSampler(seeded(5)).add_noise(x0, kind(timesteps))
+    torch.testing.assert_close(result, noisy, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="3 timesteps for 2 rows of latents; give one, or one a row"):
+        DDPMSampler(seeded(5)).add_noise(x0, kind([1, 2, 3]))
 
 
 def test_steps_offset_is_settable():

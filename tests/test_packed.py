@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 """Packed networks against plain ones, which the other tests hold to diffusers."""
 
 import pytest
@@ -113,3 +116,35 @@ def test_packing_is_refused_for_float16(tmp_path):
     oracle.write_checkpoint(tmp_path / "tiny.safetensors")
     with pytest.raises(ValueError, match="pack=True needs the CPU"):
         model_loader.preload_models_from_standard_weights(tmp_path / "tiny.safetensors", "cpu", "float16", pack=True)
+
+
+def test_packed_weights_cannot_be_saved_or_copied():
+    for action in (torch.nn.Module.state_dict, copy.deepcopy, pickle.dumps):
+        with pytest.raises(ValueError, match="neither saved nor copied; load the checkpoint with pack=False"):
+            action(pack(NETWORKS["decoder"](oracle.TINY["decoder"])))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_packed_network_computes_within_autocast(network):
+    module = pack(oracle.randomize(NETWORKS[network](oracle.TINY[network])).eval())
+    expected = module(*inputs(network))
+    with torch.autocast("cpu", torch.bfloat16):
+        result = module(*inputs(network))
+    assert (result.float() - expected).abs().mean() < 0.05 * expected.std()
+
+
+@pytest.mark.parametrize("network", ["encoder", "decoder", "diffusion"])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_what_a_hook_was_shown_is_never_overwritten(network, is_packed):
+    module = oracle.randomize(NETWORKS[network](oracle.TINY[network])).eval()
+    module = pack(module) if is_packed else module
+    seen = []
+
+    def keep(layer, inputs, output):
+        tensors = [x for x in (*inputs, output) if isinstance(x, torch.Tensor)]
+        seen.extend((x, x.clone()) for x in tensors)
+
+    for layer in module.modules():
+        layer.register_forward_hook(keep)
+    module(*inputs(network))
+    assert len(seen) > 100 and all(torch.equal(x, as_it_was) for x, as_it_was in seen)
