@@ -141,10 +141,23 @@ def write_folder(folder, weights: dict[str, dict[str, Tensor]], configs: dict, m
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         for part, tensors in weights.items():
             name = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
-            save_file(tensors, whole / part / name, {"format": "pt", **metadata})
+            save_weights(tensors, whole / part / name, metadata)
         for path in tokenizer_files:
             shutil.copy(path, whole / "tokenizer")
         whole.rename(folder)
+
+
+def save_weights(weights: dict[str, Tensor], path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, the same bytes for the same weights: the library leaves metadata in any order."""
+    save_file(weights, path, {"format": "pt", **metadata})
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        sorted_header = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(sorted_header) == size:
+            file.seek(8)
+            file.write(sorted_header)
 
 
 def to_json(configs):
