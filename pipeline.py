@@ -17,7 +17,7 @@ import model_loader
 from arguments import check_arguments, check_models
 from ddpm import DDPMSampler, draw_noise
 from diffusion import get_time_embedding
-from images import open_image, to_tensor, to_uint8
+from images import native_size, open_image, to_tensor, to_uint8
 from samplers import SAMPLERS
 
 Context = Tensor | Callable[[int, int], Tensor]
@@ -52,7 +52,8 @@ def generate(prompt: str | list[str] | None = None, uncond_prompt: str | list[st
         device: where to compute; None is where the UNet is, or the fastest device if it is yet to be loaded.
         idle_device: where each network is put once it has served; None leaves it.
         tokenizer: what `model_loader.load_tokenizer` returns; None loads it, once a process.
-        height, width: pixels, multiples of 8; None is the size that the checkpoint was made for.
+        height, width: pixels, multiples of 8; None is the size that the checkpoint was made for, or its area in the
+            proportions of the input image. An image of other proportions is cropped to fit; `images.fit` pads.
         sampler: a sampler object to use instead of sampler_name. It is copied; its `timesteps` are set to this call's.
         context: what `encode_prompts` returns, to be used instead of prompts, with any number of tokens; or a function
             context(step, n_steps), of a step's number from 0 and the number of steps, which returns it.
@@ -89,7 +90,7 @@ def generate(prompt: str | list[str] | None = None, uncond_prompt: str | list[st
     if seed is not None or sampler.generator is None:
         sampler.generator = seed_generators(seed, n_pictures)
     if latents is None:
-        height, width = height or unet.config.sample_size, width or unet.config.sample_size
+        height, width = choose_size(height, width, unet.config.sample_size, image)
         latents = draw_noise(sampler.generator, (n_pictures, 4, height // 8, width // 8))
         if image is not None:
             pixels = to_tensor(image, height, width)  # (1, 3, height, width)
@@ -240,6 +241,13 @@ def seed_generators(seed: int | None, n_pictures: int) -> list[torch.Generator]:
 def sigma_at(sampler: DDPMSampler, timestep: float) -> float:
     alpha_bar = sampler.alpha_bar(timestep)
     return math.sqrt((1 - alpha_bar) / alpha_bar)
+
+
+def choose_size(height: int | None, width: int | None, native: int, image) -> tuple[int, int]:
+    """Returns height and width in pixels: what is asked for, else the checkpoint's own, in the image's proportions."""
+    if image is not None and height is None and width is None:
+        return native_size(image, native)
+    return int(height or native), int(width or native)
 
 
 def count_pictures(prompts: list[str], context: Context, latents: Tensor | None, n_steps: int, do_cfg: bool) -> int:
