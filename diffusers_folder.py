@@ -27,7 +27,7 @@ EXPECTED = {
     "scheduler": {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
                   "num_train_timesteps": 1000, "trained_betas": None},
 }
-# What the shapes of weights do not tell: where it stands, and what `model_converter.infer_configs` calls it.
+# What the shapes of weights do not tell: where it stands, and what `checkpoint_configs.infer_configs` calls it.
 TOLD = {
     "unet": {"attention_head_dim": "unet_heads", "num_attention_heads": "unet_heads", "norm_num_groups": "unet_groups"},
     "vae": {"norm_num_groups": "vae_groups"},

@@ -12,13 +12,14 @@ from tempfile import NamedTemporaryFile
 import torch
 from torch import nn
 
+from checkpoint_configs import to_metadata
 from checkpoint_file import CheckpointError, read_checkpoint
 from checkpoint_layout import PREDICTIONS, PREFIXES, UNET, refuse_other_models
 from cpu import packed
 from cpu.attention import onednn_computes
 from cpu.threads import use_one_thread
 from diffusers_folder import save_weights, write_folder
-from model_converter import NETWORKS, read_networks, to_diffusers_weights, to_metadata, to_standard_weights
+from model_converter import NETWORKS, read_networks, to_diffusers_weights, to_standard_weights
 
 ROOT = Path(__file__).resolve().parent
 TOKENIZER = "vocab.json", "merges.txt"
