@@ -49,6 +49,23 @@ def get_time_embedding(timestep: float | Tensor, width: int = 320) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def get_guidance_embedding(cfg_scale: float, width: int) -> Tensor:
+    """Returns the sinusoidal embedding of a guidance scale, sines first, for models that are told it (LCM, arXiv
+    2310.04378, section 4.1; w = cfg_scale - 1, times 1000).
+
+    Args:
+        cfg_scale: the guidance scale, from 1 (none) on.
+        width: channels of the embedding: the config's d_guidance.
+
+    Returns:
+        (1, width) float32 on the CPU.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / (half - 1))
+    angles = 1000 * (float(cfg_scale) - 1) * frequencies[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
 class TimeEmbedding(nn.Module):
     """The sinusoidal embedding (batch, width) -> what the residual blocks are told (batch, 4 * width)
 

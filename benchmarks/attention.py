@@ -2,9 +2,10 @@
 
     python -m benchmarks.attention [--rounds 10]
 
-The self-attentions of SD 1.5's UNet, one picture: 4096 tokens at 512x512 pixels with 8 heads of 40, 1024 with heads of 80,
-and 9216 and 16384 at 768x768 and 1024x1024; random numbers of deviation 1, and of 3, which makes for peaked weights. Error:
-root mean square, against float32. Memory: what the process grows by at its peak, in sizes of the result.
+The self-attentions of SD 1.5's UNet, one picture, 8 heads. At 512x512 pixels there are 4096 tokens with heads of 40 and
+1024 with heads of 80; at 768x768 and 1024x1024 there are 9216 and 16384. Inputs are random numbers of deviation 1, or
+of 3, which makes weights peaked. Error: root mean square, against float32. Memory: by how much the process grows at
+most, in sizes of the result.
 
 Writes benchmarks/results/attention.md. Reads /proc, so Linux only.
 """

@@ -11,6 +11,7 @@ Writes benchmarks/results/gpu.md.
 """
 
 import argparse
+from functools import partial
 
 import torch
 
@@ -72,7 +73,8 @@ def main():
     drawers = candidates(measure.random_checkpoint(), arguments.steps, not arguments.no_compile)
     rate, flop, rows = matrix_rate(), flop_of_a_picture(arguments.steps), []
     for batch in arguments.batches:
-        times = measure.interleave({name: lambda draw=draw: draw(batch) for name, draw in drawers.items()}, arguments.rounds)
+        draw_batch = {name: partial(draw, batch) for name, draw in drawers.items()}
+        times = measure.interleave(draw_batch, arguments.rounds)
         for name in drawers:
             speed = batch / measure.statistics.median(times[name])
             rows.append([batch, name, f"{speed:.2f}", f"{measure.ratio(times, 'diffusers', name):.2f}",
@@ -81,8 +83,8 @@ def main():
     measure.write("gpu.md", f"""\
 {measure.table(header, rows)}
 
-{torch.cuda.get_device_name()}, float16, 512x512, {arguments.steps} steps with guidance; medians of {arguments.rounds} rounds. A matrix product reached
-{rate / 1000:.0f} TFLOP/s in bfloat16. {measure.peer_versions()}""")
+{torch.cuda.get_device_name()}, float16, 512x512, {arguments.steps} steps with guidance; medians of {arguments.rounds}
+rounds. A matrix product reached {rate / 1000:.0f} TFLOP/s in bfloat16. {measure.peer_versions()}""")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python -m benchmarks.samplers [--checkpoint FILE] [--prompt TEXT]
 
-Writes benchmarks/results/samplers.png and benchmarks/results/samplers.md. Each picture starts from the same noise. The
-distance is the root mean square difference, in grey levels of 255, to the picture of the same sampler at 200 steps. For
-samplers that draw noise on the way (ddpm, euler_a, dpmpp_2m_sde, lcm) more steps draw another picture, so their distance
-need not fall.
+Writes benchmarks/results/samplers.png and samplers.md. Each picture starts from the same noise. The distance is the
+root mean square difference, in grey levels of 255, to the picture of the same sampler at 200 steps. Samplers that draw
+noise on the way (ddpm, euler_a, dpmpp_2m_sde, lcm) draw another picture with more steps, so their distance need not
+fall.
 """
 
 import argparse

@@ -2,15 +2,16 @@
 
     python -m benchmarks.unet_step [--dtypes bfloat16 float32] [--parts unet decoder text] [--rounds 5] [--no-openvino]
 
-One random checkpoint of full size (made on first use), the same inputs for all, each in turn within one process. `ours`
-is what `pipeline.py` runs on the CPU (packed weights), `ours, plain` the modules as they come out of the loader with
-pack=False. Peers: diffusers, eager, and its UNet through OpenVINO (converting takes two minutes, not counted; in bfloat16
-by its inference precision hint).
+All have the weights of one random checkpoint of full size (made on first use) and the same inputs, and take turns
+within one process. `ours` has packed weights, as `generate` loads large checkpoints on the CPU; `ours, plain` is what
+the loader returns with pack=False. The peers are diffusers, eager, and its UNet through OpenVINO, to which a hint says
+in which precision to compute; converting for it takes two minutes and is not counted.
 
 A guided step predicts noise for the prompt and for the empty prompt: a batch of two for the peers; ours is given the
-latents once. Before timing, each output is compared with diffusers' in float32. Share of the matrix rate: FLOP of the plain batch of two (convolutions
-and products, those within attention included) per second, over what a product of 2048x2048 matrices reaches; work that
-ours saves counts as done.
+latents once. Before timing, each output is compared with diffusers' in float32.
+
+Share of the matrix rate: FLOP per second, over what a product of 2048x2048 matrices reaches. The FLOP are those of a
+plain batch of two (convolutions and products, those within attention included); work that ours saves counts as done.
 
 Writes benchmarks/results/unet_step.md.
 """
@@ -92,13 +93,14 @@ def part_candidates(part, ours, plain, pipeline, dtype, with_openvino=False):
 
 def rows(part, candidates, exact, dtype, rounds, rate):
     """The table's rows for one part: medians, ratios to diffusers, speed, and distance to the exact result."""
-    distances = {name: (run().float() - exact).square().mean().sqrt() / exact.std() for name, run in candidates.items()}
+    distances = {name: (run().float() - exact).square().mean().sqrt() / exact.std()
+                 for name, run in candidates.items()}
     times = measure.interleave(candidates, rounds)
     for name, distance in distances.items():
         seconds = measure.statistics.median(times[name])
-        speed = FLOP[part]() / seconds / 1e9
-        yield [part, str(dtype).removeprefix("torch."), name, f"{seconds:.3f}",
-               f"{measure.ratio(times, 'diffusers', name):.2f}", f"{speed:.0f}", f"{speed / rate:.0%}", f"{distance:.1e}"]
+        speed, ratio = FLOP[part]() / seconds / 1e9, measure.ratio(times, "diffusers", name)
+        yield [part, str(dtype).removeprefix("torch."), name, f"{seconds:.3f}", f"{ratio:.2f}", f"{speed:.0f}",
+               f"{speed / rate:.0%}", f"{distance:.1e}"]
 
 
 FLOP = {"unet": lambda: measure.count_flop(Diffusion, (2, 4, 64, 64), (2, 77, 768), (1, 320)),
@@ -116,7 +118,8 @@ def main():
     arguments = parser.parse_args()
     path, load, lines, rates = measure.random_checkpoint(), model_loader.preload_models_from_standard_weights, [], []
     pipeline = measure.diffusers_pipeline(path, torch.float32)
-    exact = {part: part_candidates(part, None, None, pipeline, torch.float32)["diffusers"]() for part in arguments.parts}
+    exact = {part: part_candidates(part, None, None, pipeline, torch.float32)["diffusers"]()
+             for part in arguments.parts}
     for dtype in (getattr(torch, name) for name in arguments.dtypes):
         del pipeline  # several copies of the weights are more than 16 GB
         ours, plain = load(path, "cpu", dtype, pack=True), load(path, "cpu", dtype)
@@ -132,8 +135,8 @@ def main():
     measure.write("unet_step.md", f"""\
 {measure.table(header, lines)}
 
-Medians of {arguments.rounds} rounds, interleaved; ratios are medians of ratios within a round. Distance: root mean square to
-diffusers' result in float32, in its standard deviations. Matrix products: {', '.join(rates)}.
+Medians of {arguments.rounds} rounds, interleaved; ratios are medians of ratios within a round. Distance: root mean
+square to diffusers' result in float32, in its standard deviations. Matrix products: {', '.join(rates)}.
 {measure.peer_versions()}""")
 
 

@@ -1,8 +1,8 @@
 """One thread for networks as small as the embedded one.
 
 The layers of such a network take microseconds. Between two of them, threads that share the work wait for each other in
-a busy loop; where another process has one of the cores, they wait for as long as the system lets that run. On two cores
-with ten other processes, 25 steps of the embedded model took 315 s in two threads, and 50 s in one.
+a busy loop; where another process has one of the cores, they wait for as long as the system lets that process run. On
+two cores with ten other processes, 25 steps of the embedded model took 315 s in two threads, and 50 s in one.
 """
 
 import threading

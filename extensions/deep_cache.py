@@ -2,9 +2,9 @@
 
     models["diffusion"] = DeepCache(models["diffusion"], interval=3)
 
-From one step to the next the deep layers of the UNet change little (section 3.2 there). A step between two whole ones takes
-what they found from the last whole one, and computes the outermost blocks alone. benchmarks/results/savings.md has what it
-saves, and what it costs in quality.
+From one step to the next, what the deep layers of the UNet find changes little (section 3.2 there). So only every n-th
+step is computed whole. The steps between take what the deep layers found in the last whole one, and compute the
+outermost blocks alone. What this saves, and what it costs in quality, is in benchmarks/results/savings.md.
 """
 
 import copy

@@ -3,10 +3,10 @@
     models["decoder"] = TiledDecoder(models["decoder"], tile_size=512)
     models["encoder"] = TiledEncoder(models["encoder"], tile_size=512)
 
-The parts between full resolution and an eighth of it take nearly all of the memory, and a pixel there depends only on those
-near it: these run on overlapping square tiles, which are blended. The parts in the middle, where each pixel looks at all
-others, see the whole picture. Group norms see one tile at a time, so that the result is not quite that of the network at
-once: benchmarks/results/memory.md says by how much.
+The parts between full resolution and an eighth of it take nearly all of the memory, and a pixel there depends only on
+those near it. These parts run on overlapping square tiles, which are then blended. The parts in the middle, where each
+pixel looks at all others, see the whole picture. Group norms see one tile at a time, so the result differs a little
+from that of the network at once: benchmarks/results/memory.md says by how much.
 """
 
 from collections.abc import Callable

@@ -11,6 +11,8 @@ import model_converter
 import oracle
 from cpu.attention import onednn_computes
 from model_converter import read_networks
+from model_loader import load_tokenizer
+from pipeline import generate
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -54,6 +56,20 @@ def tiny(monkeypatch):
     """Pickles cannot say how many heads there are: let the tiny ones be the default."""
     infer = model_converter.infer_configs
     monkeypatch.setattr(model_converter, "infer_configs", lambda weights, metadata: infer(weights, oracle.METADATA))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture
+def draw(models, tokenizer):
+    """generate() with the tiny networks and two steps: 64x64 pixels."""
+    def draw(prompt="a cat", **settings):
+        settings = {"n_inference_steps": 2, "sampler_name": "ddim", "seed": 7, **settings}
+        return generate(prompt, models=models, tokenizer=tokenizer, **settings)
+    return draw
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -6,24 +7,14 @@ import torch
 
 from attention import CrossAttention
 from extensions.attention_maps import get_probabilities, merge_words, overlay, record_attention
-from model_loader import load_tokenizer
-from pipeline import generate, get_time_embedding
+from pipeline import get_time_embedding
 
 PROMPT = "a red xylophone"  # the last word takes three tokens
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
-
-
 @pytest.fixture
-def draw(models, tokenizer):
-    """generate() with the tiny model and two steps."""
-    def draw(prompt=PROMPT, **settings):
-        settings = {"n_inference_steps": 2, "sampler_name": "ddim", "seed": 7, "height": 64, "width": 96, **settings}
-        return generate(prompt, models=models, tokenizer=tokenizer, **settings)
-    return draw
+def draw(draw):
+    return partial(draw, PROMPT, height=64, width=96)
 
 
 def find_hooks(module):

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import checkpoint_file
 from checkpoint_file import CheckpointError, read_checkpoint
 from model_converter import load_from_standard_weights, to_standard_weights
-from unpickler import MAX_STEPS, Unknown, Unpickler
+from unpickler import Unknown, Unpickler
 
 UNET = "model.diffusion_model."
 

@@ -57,8 +57,8 @@ def test_the_shift_keeps_large_scores_fine(scale):
 
 @pytest.mark.parametrize("d_head", [40, 64, 80])
 def test_large_scores_may_be_tied(d_head):
-    """Four keys in channels of their own, 256 times each, all score 30. Queries rounded to bfloat16 after scaling would tip
-    the balance, with heads of 40 by 10% of the largest value."""
+    """Four keys in channels of their own, 256 times each, all score 30. Queries rounded to bfloat16 after scaling would
+    tip the balance, with heads of 40 by 10% of the largest value."""
     _, k, v = tokens(4, d_head)
     k = torch.where(torch.arange(d_head) % 4 == torch.arange(4)[:, None], k.double(), 0)
     k = (6 * k / k.norm(dim=-1, keepdim=True)).bfloat16()

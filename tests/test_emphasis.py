@@ -5,13 +5,13 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import oracle
 import pytest
 import torch
 from compel import Compel
 from compel.embeddings_provider import SplitLongTextMode
 from torch import nn
 
+import oracle
 from extensions.emphasis import at_step, encode_weighted, parse
 from model_loader import load_tokenizer
 from pipeline import encode_prompts, generate, get_time_embedding

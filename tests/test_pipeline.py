@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,25 +16,13 @@ import images
 import model_loader
 import oracle
 import pipeline
-from model_loader import load_tokenizer
+from clip import CLIP
+from diffusion import Diffusion
+from oracle import picture
 from pipeline import denoise, encode_prompts, generate, get_time_embedding
 from samplers import SAMPLERS
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return load_tokenizer()
-
-
-@pytest.fixture
-def draw(models, tokenizer):
-    """generate() with the tiny model and few steps."""
-    def draw(prompt="a cat", **settings):
-        settings = {"n_inference_steps": 2, "sampler_name": "ddim", "seed": 7, **settings}
-        return generate(prompt, models=models, tokenizer=tokenizer, **settings)
-    return draw
 
 
 @pytest.fixture(scope="session")
@@ -45,13 +34,6 @@ def diffusers_parts(weights, tokenizer):
 
 SCHEDULE = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1)
 SCHEDULERS = {"ddim": DDIMScheduler(**SCHEDULE, set_alpha_to_one=False), "ddpm": DDPMScheduler(**SCHEDULE)}
-
-
-def picture(size=(64, 64), seed=0):
-    """A smooth coloured RGB picture."""
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
 
 # ---- the same function as diffusers' pipelines
@@ -70,6 +52,43 @@ def test_text_to_image_equals_diffusers(draw, diffusers_parts, sampler_name, hei
                   sampler_name=sampler_name)
     assert images.shape == (2, height, width, 3) and images.dtype == np.uint8 and images.std() > 20
     assert np.abs(images / 255 - expected).max() <= 0.51 / 255  # half a grey level is what rounding costs
+
+
+@pytest.mark.parametrize("zero_snr, rescale", [(False, 0.0), (False, 0.7), (True, 0.7)])
+def test_v_prediction_equals_diffusers(models, tokenizer, diffusers_parts, zero_snr, rescale):
+    scheduler = DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, prediction_type="v_prediction",
+                              rescale_betas_zero_snr=zero_snr, timestep_spacing="trailing" if zero_snr else "leading")
+    pipe = StableDiffusionPipeline(scheduler=scheduler, **diffusers_parts)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe("a cat", height=64, width=64, num_inference_steps=5, guidance_scale=4.0, guidance_rescale=rescale,
+                    output_type="np", generator=torch.Generator().manual_seed(7)).images[0]
+    unet = Diffusion(replace(models["diffusion"].config, prediction="v", zero_terminal_snr=zero_snr,
+                             guidance_rescale=rescale))
+    unet.load_state_dict(models["diffusion"].state_dict())
+    image = generate("a cat", models={**models, "diffusion": unet}, tokenizer=tokenizer, n_inference_steps=5,
+                     cfg_scale=4.0, sampler_name="ddim", seed=7)
+    assert np.abs(image / 255 - expected).max() <= (0.51 if not zero_snr else 1.01) / 255
+
+
+def test_a_checkpoint_has_its_own_guidance_scale(draw, models, tokenizer):
+    unet = Diffusion(replace(models["diffusion"].config, cfg_scale=3.0))
+    unet.load_state_dict(models["diffusion"].state_dict())
+    image = generate("a cat", models={**models, "diffusion": unet}, tokenizer=tokenizer, n_inference_steps=2, seed=7,
+                     sampler_name="ddim")
+    assert np.array_equal(image, draw(cfg_scale=3.0)) and np.array_equal(draw(), draw(cfg_scale=7.5))
+
+
+def test_words_that_a_checkpoint_does_not_know_are_named(draw, models, tokenizer):
+    clip = CLIP(replace(models["clip"].config, words=("a", "cat", "red")))
+    clip.load_state_dict(models["clip"].state_dict())
+    known = {**models, "clip": clip}
+    with pytest.warns(UserWarning, match="does not know: futuristic, mars; it draws 'a red cat'") as caught:
+        image = generate("a futuristic red Cat, Mars", models=known, tokenizer=tokenizer, seed=7, n_inference_steps=1)
+    assert caught[0].filename == __file__ and image.shape == (64, 64, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate("A red cat.", models=known, tokenizer=tokenizer, seed=7, n_inference_steps=1)
+        draw("a futuristic cat")
 
 
 def test_without_guidance_equals_diffusers(draw, diffusers_parts):
@@ -378,7 +397,8 @@ def test_another_default_device_changes_nothing(draw):
     (dict(prompt="\ud800"), r"half a letter"),
     (dict(idle_device="attic"), r"device is 'attic'"),
     (dict(latents=torch.zeros(4, 8, 8)), r"latents is .*give a tensor"),
-    (dict(latents=torch.zeros(1, 4, 8, 8), height=128), r"height and width are 128 and None, the latents are for 64 and 64"),
+    (dict(latents=torch.zeros(1, 4, 8, 8), height=128),
+     r"height and width are 128 and None, the latents are for 64 and 64"),
     (dict(latents=torch.zeros(1, 4, 8, 8), input_image=picture()), r"latents and input_image are given"),
     (dict(latents=torch.zeros(2, 4, 8, 8)), r"1 prompts for 2 latents"),
     (dict(sampler_name="magic"), r"sampler_name is 'magic'; known are ddpm, ddim, plms"),
@@ -415,7 +435,8 @@ def test_a_foreign_tokenizer_is_refused(models):
         generate("a cat", models=models, tokenizer=two_tokens)
 
 
-@pytest.mark.parametrize("network, message", [("diffusion", r"after step 0 .*float32"), ("decoder", r"decoder .*float32")])
+@pytest.mark.parametrize("network, message", [("diffusion", r"after step 0 .*float32"),
+                                              ("decoder", r"decoder .*float32")])
 def test_non_finite_values_raise(models, tokenizer, network, message):
     broken = oracle.randomize(type(models[network])(models[network].config))
     broken.conv_out.bias[0] = math.nan
@@ -424,7 +445,6 @@ def test_non_finite_values_raise(models, tokenizer, network, message):
 
 
 def test_an_inpainting_unet_is_refused(models, tokenizer):
-    from dataclasses import replace
     unet = type(models["diffusion"])(replace(oracle.TINY["diffusion"], in_channels=9))
     with pytest.raises(ValueError, match="takes 9 channels"):
         generate("a cat", models={**models, "diffusion": unet}, tokenizer=tokenizer)
@@ -447,8 +467,8 @@ def test_command_line_writes_a_picture_and_never_overwrites(checkpoint, tmp_path
         assert told in done.stdout
     second = Image.open(tmp_path / "apple-2.png")
     assert second.size == (64, 64)
-    assert second.text["parameters"] == ("a red apple\nNegative prompt: blurry\nSteps: 2, Sampler: DDIM, CFG scale: 3.0, "
-                                         "Seed: 6, Size: 64x64, Model: tiny")
+    assert second.text["parameters"] == ("a red apple\nNegative prompt: blurry\n"
+                                         "Steps: 2, Sampler: DDIM, CFG scale: 3.0, Seed: 6, Size: 64x64, Model: tiny")
     before = (tmp_path / "apple-1.png").read_bytes()
     again = run(*arguments[:-4], "--count", 2, "--output", tmp_path / "apple.png")
     assert again.returncode != 0 and "--overwrite" in again.stderr and again.stderr.count("\n") == 1
@@ -478,14 +498,16 @@ def test_command_line_mistakes_get_one_line(arguments, message, tmp_path):
 
 
 def test_help_imports_nothing_heavy():
-    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "cli.py", "--help"], capture_output=True, text=True)
+    command = [sys.executable, "-X", "importtime", ROOT / "cli.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "--cfg-scale" in done.stdout
     assert not any(name in done.stderr for name in ["torch", "transformers", "numpy", "PIL"])
 
 
 def test_help_names_every_sampler():
     help_text = run("--help").stdout.replace("\n", " ")
-    assert all(name in help_text for name in SAMPLERS) and len({sampler.label for sampler in SAMPLERS.values()}) == len(SAMPLERS)
+    assert all(name in help_text for name in SAMPLERS)
+    assert len({sampler.label for sampler in SAMPLERS.values()}) == len(SAMPLERS)
 
 
 # ---- fewer and cheaper steps

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import oracle
 from checkpoint_file import CheckpointError
 from ddpm import DDPMSampler, eps_from_v, get_alphas_cumprod, rescale_alphas_cumprod, rescale_guidance
-from diffusion import TimeEmbedding
+from diffusion import TimeEmbedding, get_guidance_embedding
 from model_converter import infer_configs
 from model_loader import preload_models_from_standard_weights
 from samplers import SAMPLERS
@@ -175,3 +175,9 @@ def test_a_model_that_is_told_the_guidance_scale(weights, tmp_path, name):
     told = diffusion(latents, context, torch.cat([time, guidance], 1))
     assert told.shape == latents.shape
     assert not torch.allclose(told, diffusion(latents, context, torch.cat([time, 0 * guidance], 1)))
+
+
+def test_the_guidance_scales_embedding_is_that_of_diffusers():
+    theirs = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(
+        None, torch.tensor([7.5 - 1]), embedding_dim=16)
+    assert torch.allclose(get_guidance_embedding(7.5, 16), theirs, atol=1e-4)

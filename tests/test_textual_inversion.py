@@ -5,13 +5,13 @@ import pickle
 import zlib
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from diffusers.loaders.textual_inversion import TextualInversionLoaderMixin
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
+import oracle
 from checkpoint_file import CheckpointError
 from extensions import textual_inversion
 from extensions.emphasis import encode_weighted

@@ -43,8 +43,8 @@ def test_tiles_of_real_pictures_differ_by_less_than_a_grey_level():
 
 def test_generate_takes_them(models):
     tiled = {**models, "decoder": TiledDecoder(models["decoder"], 64), "encoder": TiledEncoder(models["encoder"], 64)}
-    whole, pieces = (generate("a cat", models=these, seed=1, n_inference_steps=1, height=128, width=64, sampler_name="ddim")
-                     for these in (models, tiled))
+    settings = dict(seed=1, n_inference_steps=1, height=128, width=64, sampler_name="ddim")
+    whole, pieces = (generate("a cat", models=these, **settings) for these in (models, tiled))
     assert pieces.shape == whole.shape and (pieces != whole).any()
 
 
