@@ -4,6 +4,8 @@ The oracles get their weights through diffusers' own converters, so that neither
 """
 
 import numpy as np
+from dataclasses import replace as replace  # for tests
+
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
