@@ -3,9 +3,9 @@
 The oracles get their weights through diffusers' own converters, so that neither side marks its own homework.
 """
 
-import numpy as np
-from dataclasses import replace as replace  # for tests
+from dataclasses import replace as replace
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
