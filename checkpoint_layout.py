@@ -93,8 +93,8 @@ def name_of_ema(name):
     start = ".".join(part for part in place.groups() if part) if place else ""
     rest = name[place.end():] if place else name
     rest = re.sub(r"(transformer_blocks|in_layers|out_layers|emb_layers|to_out|net)(\d)", r".\1.\2", rest)
-    rest = re.sub(r"(?<![._])(attn\d|norm\d?|ff|to_[qkv]|proj_in|proj_out|(?<!cond_)proj|op|conv|skip_connection|"
-                  r"weight|bias)", r".\1", rest)
+    rest = re.sub(r"(?<![._])(attn\d|norm\d?|ff|to_[qkv]|cond_proj|proj_in|proj_out|proj|op|conv|"
+                  r"skip_connection|weight|bias)", r".\1", rest)
     return UNET + start + rest
 
 

@@ -27,7 +27,7 @@ EXPECTED = {
     "scheduler": {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
                   "num_train_timesteps": 1000, "trained_betas": None},
 }
-# What the shapes of weights do not tell: where it stands, and what `model_converter.infer_configs` calls it.
+# What the shapes of weights do not tell: where it stands, and what `checkpoint_configs.infer_configs` calls it.
 TOLD = {
     "unet": {"attention_head_dim": "unet_heads", "num_attention_heads": "unet_heads", "norm_num_groups": "unet_groups"},
     "vae": {"norm_num_groups": "vae_groups"},
@@ -141,10 +141,23 @@ def write_folder(folder, weights: dict[str, dict[str, Tensor]], configs: dict, m
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         for part, tensors in weights.items():
             name = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
-            save_file(tensors, whole / part / name, {"format": "pt", **metadata})
+            save_weights(tensors, whole / part / name, metadata)
         for path in tokenizer_files:
             shutil.copy(path, whole / "tokenizer")
         whole.rename(folder)
+
+
+def save_weights(weights: dict[str, Tensor], path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, the same bytes for the same weights: the library leaves metadata in any order."""
+    save_file(weights, path, {"format": "pt", **metadata})
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        sorted_header = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(sorted_header) == size:
+            file.seek(8)
+            file.write(sorted_header)
 
 
 def to_json(configs):

@@ -10,16 +10,16 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+from checkpoint_configs import to_metadata
 from checkpoint_file import CheckpointError, read_checkpoint
 from checkpoint_layout import PREDICTIONS, PREFIXES, UNET, refuse_other_models
 from cpu import packed
 from cpu.attention import onednn_computes
 from cpu.threads import use_one_thread
-from diffusers_folder import write_folder
-from model_converter import NETWORKS, read_networks, to_diffusers_weights, to_metadata, to_standard_weights
+from diffusers_folder import save_weights, write_folder
+from model_converter import NETWORKS, read_networks, to_diffusers_weights, to_standard_weights
 
 ROOT = Path(__file__).resolve().parent
 TOKENIZER = "vocab.json", "merges.txt"
@@ -145,7 +145,7 @@ def save_checkpoint(models: dict[str, nn.Module], path, overwrite: bool = False)
     with NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".part", delete=False) as file:
         temporary = Path(file.name)
     try:
-        save_file(weights, temporary, {"format": "pt", **to_metadata(configs)})
+        save_weights(weights, temporary, to_metadata(configs))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from transformers import CLIPTextModel
 
 import model_converter
 import oracle
+from checkpoint_configs import to_metadata
 from checkpoint_file import CheckpointError
 from model_converter import load_from_standard_weights, standard_names, to_standard_weights
 from model_loader import preload_models_from_standard_weights, save_checkpoint, save_folder
@@ -327,7 +328,7 @@ def special(tmp_path_factory):
                "diffusion": replace(oracle.TINY["diffusion"], cfg_scale=4.5, prediction="v", zero_terminal_snr=True,
                                     guidance_rescale=0.7, d_guidance=6)}
     path = tmp_path_factory.mktemp("special") / "special.safetensors"
-    oracle.write_checkpoint(path, configs, model_converter.to_metadata(configs))
+    oracle.write_checkpoint(path, configs, to_metadata(configs))
     return path, configs
 
 

@@ -185,3 +185,29 @@ def test_on_mps(checkpoint):
     models = preload_models_from_standard_weights(checkpoint, "mps")
     assert {(weight.dtype, weight.device.type) for model in models.values() for weight in model.parameters()} == {
         (torch.float32, "mps")}
+
+
+@pytest.mark.parametrize("file, change", [
+    ("merges.txt", lambda text: text[: len(text) // 2]), ("merges.txt", lambda text: text.replace("\nth e</w>", "", 1)),
+    ("vocab.json", lambda text: text.replace('"cat</w>": 2368', '"cat</w>": 1929').replace('"dog</w>": 1929',
+                                                                                        '"dog</w>": 2368')),
+    ("vocab.json", lambda text: text[: len(text) // 2]), ("vocab.json", lambda text: "[]"),
+])
+def test_cut_and_edited_tokenizer_files_are_named(tmp_path, file, change):
+    for name in ("vocab.json", "merges.txt"):
+        text = (model_loader.ROOT / "data" / name).read_text("utf-8")
+        changed = change(text) if name == file else text.replace("\n", "\r\n")  # as git writes text on Windows
+        assert (changed != text) == (name == file or "\n" in text)
+        (tmp_path / name).write_bytes(changed.encode())
+    with pytest.raises(ValueError, match=f"{file} is not CLIP's, or was cut off or edited"):
+        model_loader.load_tokenizer(tmp_path)
+
+
+def test_checking_a_tokenizer_leaves_it_as_it_is():
+    tokenizer = model_loader.load_tokenizer()
+    model_loader.check_tokenizer(tokenizer, 49408)
+    assert tokenizer.backend_tokenizer.padding is None and tokenizer.backend_tokenizer.truncation is None
+    tokenizer.add_tokens(["<cat-toy>", "<my-style>"])
+    model_loader.check_tokenizer(tokenizer, 49410)
+    with pytest.raises(ValueError, match="has 49410 tokens, the text encoder 49408"):
+        model_loader.check_tokenizer(tokenizer, 49408)
