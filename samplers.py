@@ -383,8 +383,8 @@ class LCMSampler(DDPMSampler):
 
 
 def alpha_bars_below(sampler: DDIMSampler | PLMSSampler, timesteps: Sequence[int]) -> list[float]:
-    """Returns ᾱ where the steps of DDIM and PLMS from these timesteps end: at the next timestep of "leading" spacing, else
-    1000 // n timesteps lower, as in diffusers."""
+    """Returns ᾱ where the steps of DDIM and PLMS from these timesteps end: at the next timestep of "leading" spacing,
+    else 1000 // n timesteps lower, as in diffusers."""
     every, stride = sampler.get_schedule()[0], sampler.num_training_steps // sampler.num_inference_steps
     following = dict(zip(every, every[1:]))
     below = [following.get(t, -1) if sampler.timestep_spacing == "leading" else t - stride for t in timesteps]
