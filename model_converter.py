@@ -417,7 +417,8 @@ def check_finite(tensor, original, name):
         return
     if is_finite(original):
         largest = original.float().abs().max().item()
-        raise CheckpointError(f"{name} holds {largest:.6g}, which {tensor.dtype} cannot hold; load it as float32 or bfloat16")
+        raise CheckpointError(f"{name} holds {largest:.6g}, which {tensor.dtype} cannot hold; load it as float32 or "
+                              f"bfloat16")
     raise CheckpointError(f"{name} holds NaN or infinite values; expected finite weights")
 
 
