@@ -119,7 +119,7 @@ def read_legacy(file):
             return dtype
         if key not in storages:
             if count * dtype.itemsize + sum(map(len, storages.values())) > len(data):
-                raise CheckpointError("found a broken or truncated PyTorch file, shorter than the weights that it speaks "
+                raise CheckpointError("found a broken or truncated PyTorch file, shorter than the weights it speaks "
                                       "of; expected a whole one: download it again")
             storages[key] = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
         _, start, count = view or (key, 0, count)
