@@ -2,7 +2,6 @@
 
 import ctypes
 import mmap
-import os
 import struct
 import sys
 import zipfile
@@ -23,8 +22,8 @@ def read_checkpoint(path, mapped=False):
             after the other and calls `release`: what is not copied changes, or ends the process, with the file.
 
     Returns:
-        (dict of the entries whose names are texts, a "state_dict" unwrapped; the safetensors metadata or {}). Values are
-        tensors and what a pickle may hold besides: numbers, texts, lists, dicts, `Unknown`.
+        (dict of the entries whose names are texts, a "state_dict" unwrapped; the safetensors metadata or {}). Values
+        are tensors and what a pickle may hold besides: numbers, texts, lists, dicts, `Unknown`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -81,7 +80,7 @@ def read_zip(file, mapped):
     archive = zipfile.ZipFile(file)
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise CheckpointError(f"found a zip archive with {len(pickles)} files 'data.pkl'; expected a PyTorch checkpoint")
+        raise CheckpointError(f"found a zip archive with {len(pickles)} files 'data.pkl'; expected a PyTorch file")
     folder = pickles[0].removesuffix("data.pkl")
     if f"{folder}constants.pkl" in archive.namelist():
         raise CheckpointError("found a TorchScript program; expected weights alone")
@@ -111,7 +110,7 @@ def read_zip(file, mapped):
 
 
 def read_legacy(file):
-    """Reads what torch.save wrote before PyTorch 1.6: five pickles, and the storages that the last of them lists."""
+    """Reads what torch.save wrote before PyTorch 1.6: five pickles, and the storages that the last one lists."""
     content, data = map_file(file)
     storages = {}
 
@@ -120,7 +119,7 @@ def read_legacy(file):
             return dtype
         if key not in storages:
             if count * dtype.itemsize + sum(map(len, storages.values())) > len(data):
-                raise CheckpointError("found a broken or truncated PyTorch file, shorter than the weights that it speaks "
+                raise CheckpointError("found a broken or truncated PyTorch file, shorter than the weights it speaks "
                                       "of; expected a whole one: download it again")
             storages[key] = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
         _, start, count = view or (key, 0, count)

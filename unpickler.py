@@ -39,7 +39,7 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()
 class Unpickler:
     """Runs one pickle from the place where `content`, a memory map of its file, stands.
 
-    Memory and time stay in proportion to the file, whatever the pickle says: steps and the sizes of tensors are counted,
+    Memory and time stay in proportion to the file, whatever the pickle says: steps and sizes of tensors are counted,
     and keys that are not texts are dropped (hashing nested ones overflows the stack, numbers can be made to collide).
     `load_storage` gets the parts of a persistent id and returns the storage's values as a tensor of one dimension.
     """
