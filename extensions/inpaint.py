@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import model_loader
 from arguments import check_arguments, is_whole
@@ -56,54 +55,20 @@ def inpaint(prompt, input_image, mask, strength: float = 1.0, blur: int = 0, onl
     fill = check_inpainting(blur, padding, fill, given["latents"])
     image = open_image(input_image)
     mask = open_mask(mask, image.size)
-    models = given["models"] or model_loader.default_models(str(given["device"] or model_loader.best_device()))
-    unet, callback = models["diffusion"], given["callback"]
-    device = torch.device(given["device"]) if given["device"] else device_of(unet)
-    sampler = plan(given["sampler"] or SAMPLERS[given["sampler_name"]](), given["n_inference_steps"], strength)
+    models = given["models"] = load_models(given["models"], given["device"])
+    sampler = given["sampler"] = plan(given["sampler"] or SAMPLERS[given["sampler_name"]](), given["n_inference_steps"],
+                                      strength)
     n_pictures = count_pictures(prompts, given["context"], None, len(sampler.timesteps), given["do_cfg"])
     if given["seed"] is not None or sampler.generator is None:
         sampler.generator = seed_generators(given["seed"], n_pictures)
 
-    # What is drawn, and in which size: hidden (1, 1, height, width) and cells (1, 1, height / 8, width / 8) are 0 or 1.
+    # All of the picture or a part of it is drawn, in the size that suits the model.
     box = find_box(mask, padding, given["height"], given["width"]) if only_masked else (0, 0, *image.size)
     part, part_mask = image.crop(box), mask.crop(box)
-    height, width = (size or own for size, own in zip((given["height"], given["width"]),
-                                                      native_size(part, unet.config.sample_size)))
+    height, width = native_size(part, models["diffusion"].config.sample_size)
+    height, width = given["height"] or height, given["width"] or width
     part, part_mask = fit(part, height, width, "stretch"), fit(part_mask, height, width, "stretch")
-    hidden = torch.from_numpy(np.asarray(part_mask) > 127).float()[None, None].to(device)
-    cells = F.interpolate(hidden, size=(height // 8, width // 8))
-
-    # The latents of the picture, the noise, and for a model of 9 channels the latents of what is not hidden.
-    def draw() -> Tensor:
-        return draw_noise(sampler.generator, (n_pictures, 4, height // 8, width // 8)).to(device)
-
-    def encode(pixels: Tensor) -> Tensor:
-        with on_device(models["encoder"], device, given["idle_device"]) as encoder:
-            return encoder(*to_network(encoder, device, pixels, draw())).float()
-
-    is_made_for_it, from_noise = unet.config.in_channels == 9, strength == 1 and fill == "original"
-    if not (is_made_for_it and from_noise):
-        filled = fill_from_around(part, part_mask) if fill == "fill" else part
-        picture = encode(to_tensor(filled, height, width))
-    noise = draw()
-    unhidden = to_tensor(part, height, width).to(device) * (1 - hidden)
-    if is_made_for_it:
-        unet = Inpainting(unet, torch.cat([cells.expand(n_pictures, -1, -1, -1), encode(unhidden)], dim=1))
-    else:
-        draw()  # diffusers encodes it for every model
-
-    if fill in ("noise", "nothing"):
-        picture = torch.where(cells > 0, draw() if fill == "noise" else 0.0, picture)
-    latents = noise if from_noise else add_noise(picture, noise, sampler.levels[0])
-
-    def keep_the_rest(step: int, timestep: float, latents: Tensor) -> Tensor:
-        latents = torch.where(cells > 0, latents, add_noise(picture, noise, sampler.levels[step + 1]))
-        returned = callback(step, timestep, latents) if callback else None
-        return latents if returned is None else returned
-
-    changes = {"models": {**models, "diffusion": unet}, "latents": latents, "sampler": sampler, "seed": None,
-               "height": None, "width": None, "callback": callback if is_made_for_it else keep_the_rest}
-    drawn = generate(**given | changes)  # (height, width, 3) or (n, height, width, 3)
+    drawn = generate(**given | prepare(part, part_mask, fill, n_pictures, given))  # (height, width, 3), or n of these
 
     alpha, pictures = feather(mask, blur), []
     for one in drawn.reshape(-1, height, width, 3):
@@ -111,6 +76,46 @@ def inpaint(prompt, input_image, mask, strength: float = 1.0, blur: int = 0, onl
         new.paste(fit(Image.fromarray(one), box[3] - box[1], box[2] - box[0], "stretch"), box[:2])
         pictures.append(np.asarray(Image.composite(new, image, alpha)))
     return np.stack(pictures).reshape(*drawn.shape[:-3], image.height, image.width, 3)
+
+
+def prepare(image: Image.Image, mask: Image.Image, fill: str, n_pictures: int, given: dict) -> dict:
+    """Returns the arguments of `generate`, beside those given to it, that draw the masked part of a picture."""
+    models, sampler, callback = given["models"], given["sampler"], given["callback"]
+    unet = models["diffusion"]
+    device = torch.device(given["device"]) if given["device"] else device_of(unet)
+    pixels = to_tensor(image, image.height, image.width).to(device)  # (1, 3, height, width) in [-1, 1]
+    hidden = torch.from_numpy(np.asarray(mask) > 127).to(device)[None, None]  # (1, 1, height, width)
+    cells = hidden[:, :, ::8, ::8]  # (1, 1, height / 8, width / 8): the first pixel counts, as in the original
+
+    def draw() -> Tensor:
+        return draw_noise(sampler.generator, (n_pictures, 4, *cells.shape[2:])).to(device)
+
+    def encode(pixels: Tensor) -> Tensor:
+        with on_device(models["encoder"], device, given["idle_device"]) as encoder:
+            return encoder(*to_network(encoder, device, pixels, draw())).float()
+
+    from_noise, is_made_for_it = given["strength"] == 1 and fill == "original", unet.config.in_channels == 9
+    picture = None
+    if not (from_noise and is_made_for_it):
+        filled = fill_from_around(image, mask) if fill == "fill" else image
+        picture = encode(to_tensor(filled, image.height, image.width))
+    noise = draw()
+    if is_made_for_it:
+        beside = cells.float().expand(n_pictures, -1, -1, -1), encode(pixels * ~hidden)  # mid grey under the mask
+        unet = Inpainting(unet, torch.cat(beside, dim=1))
+    else:
+        draw()  # diffusers encodes the masked picture for every model
+    if fill in ("noise", "nothing"):
+        picture = torch.where(cells, draw() if fill == "noise" else 0.0, picture)
+
+    def keep_the_rest(step: int, timestep: float, latents: Tensor) -> Tensor:
+        latents = torch.where(cells, latents, add_noise(picture, noise, sampler.levels[step + 1]))
+        returned = callback(step, timestep, latents) if callback else None
+        return latents if returned is None else returned
+
+    return {"latents": noise if from_noise else add_noise(picture, noise, sampler.levels[0]),
+            "models": {**models, "diffusion": unet}, "callback": callback if is_made_for_it else keep_the_rest,
+            "seed": None, "height": None, "width": None}  # the noise goes on from what was drawn here
 
 
 def outpaint(prompt, input_image, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0, **of_generate) -> np.ndarray:
@@ -130,15 +135,13 @@ def outpaint(prompt, input_image, left: int = 0, top: int = 0, right: int = 0, b
     if not all(is_whole(n) and n >= 0 for n in sides.values()) or not any(sides.values()):
         raise ValueError(f"the sides are {sides}; give whole numbers of pixels, one of them above 0")
     image = open_image(input_image)
-    canvas = Image.new("RGB", (left + image.width + right, top + image.height + bottom))
-    canvas.paste(image, (left, top))
-    mask = Image.new("L", canvas.size, 255)
-    mask.paste(0, (left, top, left + image.width, top + image.height))
-    models = of_generate.get("models") or model_loader.default_models(
-        str(of_generate.get("device") or model_loader.best_device()))
+    canvas = ImageOps.expand(image, (left, top, right, bottom))
+    mask = ImageOps.expand(Image.new("L", image.size, 0), (left, top, right, bottom), fill=255)
+    models = load_models(of_generate.get("models"), of_generate.get("device"))
     scale = sqrt(canvas.width * canvas.height / (image.width * image.height))
     height, width = native_size(canvas, models["diffusion"].config.sample_size * scale)
-    return inpaint(prompt, canvas, mask, **{"fill": "fill", "height": height, "width": width} | of_generate)
+    settings = {"fill": "fill", "height": height, "width": width} | of_generate | {"models": models}
+    return inpaint(prompt, canvas, mask, **settings)
 
 
 class Inpainting(nn.Module):
@@ -160,6 +163,10 @@ class Inpainting(nn.Module):
 
     def forward(self, latents: Tensor, context: Tensor, time_embedding: Tensor) -> Tensor:
         return self.diffusion(torch.cat([latents, self.beside.to(latents)], dim=1), context, time_embedding)
+
+
+def load_models(models, device):
+    return models or model_loader.default_models(str(device or model_loader.best_device()))
 
 
 def check_inpainting(blur, padding, fill, latents):

@@ -8,7 +8,7 @@ from PIL import Image
 
 import oracle
 from extensions.deep_cache import DeepCache
-from extensions.inpaint import Inpainting, feather, fill_from_around, find_box, inpaint, outpaint
+from extensions.inpaint import Inpainting, feather, fill_from_around, find_box, inpaint, open_mask, outpaint
 from model_converter import read_networks
 from model_loader import load_tokenizer
 from samplers import SAMPLERS, DDIMSampler
@@ -141,11 +141,11 @@ def test_every_kind_of_mask_means_the_same(kinds, tmp_path):
     clear = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
     clear.paste((0, 0, 0, 255), (16, 8, 45, 51))
     clear.save(tmp_path / "clear.png")
-    expected = paint(kinds)
-    for given in [mask.convert("RGB"), mask.convert("1"), mask.convert("RGBA"), clear, tmp_path / "clear.png", white,
+    for given in [mask, mask.convert("RGB"), mask.convert("1"), mask.convert("RGBA"), clear, tmp_path / "clear.png", white,
                   white > 0, (white > 0).astype(np.uint8), white / 255, torch.from_numpy(white > 0),
                   torch.from_numpy(white / 255).bfloat16(), white[:, :, None]]:
-        assert np.array_equal(paint(kinds, mask=given), expected)
+        assert np.array_equal(open_mask(given, (64, 64)), white)
+    assert np.array_equal(paint(kinds, mask=clear), paint(kinds, mask=white > 0))
 
 
 def test_an_empty_mask_leaves_the_picture(kinds):
