@@ -9,8 +9,8 @@ import model_loader
 from samplers import SAMPLERS
 
 
-def check_arguments(prompt, uncond_prompt, input_image, strength, cfg_scale, sampler_name, seed, device, idle_device, height,
-                    width, sampler, context, latents) -> tuple[list[str], list[str]]:
+def check_arguments(prompt, uncond_prompt, input_image, strength, cfg_scale, sampler_name, seed, device, idle_device,
+                    height, width, sampler, context, latents) -> tuple[list[str], list[str]]:
     """Returns prompts and uncond_prompts as lists; raises ValueError, in one line, for what `generate` cannot do.
 
     Step counts and what strength makes of them are the sampler's to check.
@@ -29,8 +29,8 @@ def check_arguments(prompt, uncond_prompt, input_image, strength, cfg_scale, sam
     require(is_number(strength) and 0 < strength <= 1, f"strength is {strength!r}; it must lie in (0, 1]")
     require(cfg_scale is None or callable(cfg_scale) or is_number(cfg_scale) and math.isfinite(cfg_scale),
             f"cfg_scale is {cfg_scale!r}; give a finite number, such as 7.5, or a function of sigma")
-    require(sampler is None or hasattr(sampler, "set_inference_timesteps"), f"sampler is {sampler!r}; give an object such as "
-            f"samplers.DDIMSampler(), or its name as sampler_name")
+    require(sampler is None or hasattr(sampler, "set_inference_timesteps"),
+            f"sampler is {sampler!r}; give an object such as samplers.DDIMSampler(), or its name as sampler_name")
     require(isinstance(sampler_name, str) and sampler_name in SAMPLERS,
             f"sampler_name is {sampler_name!r}; known are {', '.join(SAMPLERS)}")
     require(seed is None or is_whole(seed) and 0 <= seed <= 2**63 - max(len(prompts), 1),
@@ -39,14 +39,16 @@ def check_arguments(prompt, uncond_prompt, input_image, strength, cfg_scale, sam
         require(size is None or is_whole(size) and size > 0 and size % 8 == 0,
                 f"{name} is {size!r}; give a positive multiple of 8")
     if latents is not None:
-        require(isinstance(latents, Tensor) and latents.ndim == 4 and latents.shape[1] == 4,
-                f"latents is {getattr(latents, 'shape', latents)!r:.80}; give a tensor (pictures, 4, height / 8, width / 8)")
+        is_batch = isinstance(latents, Tensor) and latents.ndim == 4 and latents.shape[1] == 4
+        require(is_batch, f"latents is {getattr(latents, 'shape', latents)!r:.80}; give a tensor (pictures, 4, "
+                f"height / 8, width / 8)")
         require(input_image is None, "latents and input_image are given; the loop starts from one of them")
         size = tuple(8 * n for n in latents.shape[2:])
-        require((height or size[0], width or size[1]) == size, f"height and width are {height} and {width}, the latents are "
-                f"for {size[0]} and {size[1]}; leave them out")
-        require(not prompts or len(prompts) == len(latents), f"there are {len(prompts)} prompts for {len(latents)} latents; "
-                f"give as many")
+        require((height or size[0], width or size[1]) == size,
+                f"height and width are {height} and {width}, the latents are for {size[0]} and {size[1]}; "
+                f"leave them out")
+        require(not prompts or len(prompts) == len(latents),
+                f"there are {len(prompts)} prompts for {len(latents)} latents; give as many")
     for place in (device, idle_device):
         if place is not None and str(place) != "meta":
             model_loader.check_device(place)
@@ -62,8 +64,8 @@ def check_models(models: dict[str, nn.Module], needs_encoder: bool) -> tuple[nn.
                              f"model_loader.preload_models_from_standard_weights returns")
     clip, unet, decoder = models["clip"], models["diffusion"], models["decoder"]
     if unet.config.in_channels != 4:
-        raise ValueError(f"this checkpoint's UNet takes {unet.config.in_channels} channels (an inpainting model takes 9); "
-                         f"generate() needs one that takes 4: extensions/inpaint.py draws with the others")
+        raise ValueError(f"this checkpoint's UNet takes {unet.config.in_channels} channels (an inpainting model takes "
+                         f"9), generate() needs one that takes 4; extensions/inpaint.py draws with the others")
     if clip.config.d_embed != unet.config.d_context:
         raise ValueError(f"the text encoder's tokens have {clip.config.d_embed} channels, the UNet takes "
                          f"{unet.config.d_context}; give networks of one checkpoint")

@@ -26,6 +26,11 @@ class DiffusionConfig:
     d_context: int = 768
     n_groups: int = 32  # of the group norms
     sample_size: int = 512  # pixels a side of the pictures it was trained on
+    cfg_scale: float = 7.5  # the guidance scale that suits it
+    prediction: str = "epsilon"  # or "v" (arXiv 2202.00512), from which `ddpm.eps_from_v` finds the noise
+    zero_terminal_snr: bool = False  # whether the noise schedule ends in noise alone (arXiv 2305.08891, section 3.1)
+    guidance_rescale: float = 0.0  # for `ddpm.rescale_guidance` (the same, section 3.4)
+    d_guidance: int = 0  # channels of the guidance scale's embedding, where a model is told it (LCM, arXiv 2310.04378)
 
 
 def get_time_embedding(timestep: float | Tensor, width: int = 320) -> Tensor:
@@ -45,14 +50,21 @@ def get_time_embedding(timestep: float | Tensor, width: int = 320) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """The sinusoidal embedding (batch, width) -> what the residual blocks are told (batch, 4 * width)"""
+    """The sinusoidal embedding (batch, width) -> what the residual blocks are told (batch, 4 * width)
 
-    def __init__(self, width: int):
+    With d_guidance, the embedding of the guidance scale follows that of the timestep: (batch, width + d_guidance).
+    """
+
+    def __init__(self, width: int, d_guidance: int = 0):
         super().__init__()
+        self.cond_proj = nn.Linear(d_guidance, width, bias=False) if d_guidance else None
         self.linear_1 = nn.Linear(width, 4 * width)
         self.linear_2 = nn.Linear(4 * width, 4 * width)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.cond_proj:
+            width = self.linear_1.in_features
+            x = x[:, :width] + self.cond_proj(x[:, width:])
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -156,9 +168,9 @@ class SwitchSequential(nn.Sequential):
 class Diffusion(nn.Module):
     """Predicts the noise in the latents.
 
-    The UNet of SD 1.5, from top to bottom on the way down, from bottom to top on the way up. Each encoder leaves one skip
-    connection, each decoder takes one. The last encoder of a level but the lowest halves width and height (↓), its last
-    decoder doubles them (↑).
+    The UNet of SD 1.5, from top to bottom on the way down, from bottom to top on the way up. Each encoder leaves one
+    skip connection, each decoder takes one. The last encoder of a level but the lowest halves width and height (↓), its
+    last decoder doubles them (↑).
 
         level   size    channels   encoders       decoders       looks at the text
         0       1          320     0, 1, 2, 3↓    9, 10, 11      yes
@@ -167,8 +179,9 @@ class Diffusion(nn.Module):
         3       1/8       1280     10, 11         0, 1, 2↑       no
                           1280          bottleneck               yes
 
-    Encoder 0 is a convolution, an encoder with an arrow a Downsample alone; all others are a ResidualBlock, followed by an
-    AttentionBlock where the level looks at the text; a decoder with an arrow ends in an Upsample.
+    Encoder 0 is a convolution, an encoder with an arrow a Downsample alone; all others are a ResidualBlock, followed by
+    an AttentionBlock where the level looks at the text; a decoder with an arrow ends in an Upsample. The arrows point
+    where the level ends: 8↑ of level 1 hands on pixels of level 0.
     """
 
     def __init__(self, config: DiffusionConfig = DiffusionConfig()):
@@ -183,7 +196,7 @@ class Diffusion(nn.Module):
         def attention(channels):
             return AttentionBlock(channels, config.n_heads, config.d_context, config.n_groups)
 
-        self.time_embedding = TimeEmbedding(width)
+        self.time_embedding = TimeEmbedding(width, config.d_guidance)
         self.encoders = nn.ModuleList([SwitchSequential(nn.Conv2d(config.in_channels, width, 3, padding=1))])
         skips = [width]  # channels of the skip connections, to be met in reverse
         for i, channels in enumerate(config.channels):
@@ -232,7 +245,8 @@ class Diffusion(nn.Module):
         x = self.decode(x, skips, context, time)
         return self.conv_out(F.silu(self.norm_out(x)))
 
-    def encode(self, x: Tensor, context: Tensor, time: Tensor, blocks: nn.ModuleList | None = None):
+    def encode(self, x: Tensor, context: Tensor, time: Tensor,
+               blocks: nn.ModuleList | None = None) -> tuple[Tensor, list[Tensor]]:
         """The way down.
 
         Args:
@@ -250,7 +264,8 @@ class Diffusion(nn.Module):
             skips.append(x)
         return x, skips
 
-    def decode(self, x: Tensor, skips: list[Tensor], context: Tensor, time: Tensor, blocks: nn.ModuleList | None = None):
+    def decode(self, x: Tensor, skips: list[Tensor], context: Tensor, time: Tensor,
+               blocks: nn.ModuleList | None = None) -> Tensor:
         """The way up.
 
         Args:

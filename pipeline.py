@@ -17,7 +17,7 @@ import model_loader
 from arguments import check_arguments, check_models
 from ddpm import DDPMSampler, draw_noise
 from diffusion import get_time_embedding
-from images import open_image, to_tensor, to_uint8
+from images import native_size, open_image, to_tensor, to_uint8
 from samplers import SAMPLERS
 
 Context = Tensor | Callable[[int, int], Tensor]
@@ -52,7 +52,8 @@ def generate(prompt: str | list[str] | None = None, uncond_prompt: str | list[st
         device: where to compute; None is where the UNet is, or the fastest device if it is yet to be loaded.
         idle_device: where each network is put once it has served; None leaves it.
         tokenizer: what `model_loader.load_tokenizer` returns; None loads it, once a process.
-        height, width: pixels, multiples of 8; None is the size that the checkpoint was made for.
+        height, width: pixels, multiples of 8; None is the size that the checkpoint was made for, or its area in the
+            proportions of the input image. An image of other proportions is cropped to fit; `images.fit` pads.
         sampler: a sampler object to use instead of sampler_name. It is copied; its `timesteps` are set to this call's.
         context: what `encode_prompts` returns, to be used instead of prompts, with any number of tokens; or a function
             context(step, n_steps), of a step's number from 0 and the number of steps, which returns it.
@@ -62,15 +63,15 @@ def generate(prompt: str | list[str] | None = None, uncond_prompt: str | list[st
         progress: whether to show a bar.
 
     Returns:
-        A uint8 array (height, width, 3); for a list of n prompts, or a context for n > 1 pictures, (n, height, width, 3).
+        A uint8 array (height, width, 3); for a list of n prompts, or for n > 1 pictures, (n, height, width, 3).
 
     Raises:
         ValueError: an argument is out of range, or the tokenizer is not the text encoder's.
         FileNotFoundError: there is no such image, or no checkpoint in data/.
         FloatingPointError: the networks returned NaN or infinity.
     """
-    prompts, uncond_prompts = check_arguments(prompt, uncond_prompt, input_image, strength, cfg_scale, sampler_name, seed,
-                                              device, idle_device, height, width, sampler, context, latents)
+    prompts, uncond_prompts = check_arguments(prompt, uncond_prompt, input_image, strength, cfg_scale, sampler_name,
+                                              seed, device, idle_device, height, width, sampler, context, latents)
     from_noise = input_image is None and latents is None
     sampler = plan(sampler or SAMPLERS[sampler_name](), n_inference_steps, 1.0 if from_noise else strength)
     image = None if input_image is None else open_image(input_image)
@@ -89,7 +90,7 @@ def generate(prompt: str | list[str] | None = None, uncond_prompt: str | list[st
     if seed is not None or sampler.generator is None:
         sampler.generator = seed_generators(seed, n_pictures)
     if latents is None:
-        height, width = height or unet.config.sample_size, width or unet.config.sample_size
+        height, width = choose_size(height, width, unet.config.sample_size, image)
         latents = draw_noise(sampler.generator, (n_pictures, 4, height // 8, width // 8))
         if image is not None:
             pixels = to_tensor(image, height, width)  # (1, 3, height, width)
@@ -116,13 +117,13 @@ def denoise(diffusion: nn.Module, sampler: DDPMSampler, latents: Tensor, context
     arXiv 2207.12598 with cfg_scale = 1 + w.
 
     Args:
-        diffusion: a `diffusion.Diffusion`, or what is called like one. If it has `for_run(sampler)`, what that returns is
-            called instead: there lives what belongs to one run alone.
+        diffusion: a `diffusion.Diffusion`, or what is called like one. If it has `for_run(sampler)`, what that returns
+            is called instead: there lives what belongs to one run alone.
         sampler: planned, by `set_inference_timesteps` and `set_strength`.
         latents: (pictures, 4, h / 8, w / 8) float32 at the noise level of sampler.timesteps[0].
         context: (pictures or 2 * pictures, tokens, d), or a function of step and number of steps that returns it.
-        cfg_scale: the guidance scale, or a function of the noise level sigma = sqrt((1 - ᾱ) / ᾱ), of 0.03 to 14.6, that
-            returns it; where it is 1, a step is unguided and half the work.
+        cfg_scale: the guidance scale, or a function that returns it for a noise level sigma = sqrt((1 - ᾱ) / ᾱ),
+            of 0.03 to 14.6; where it is 1, a step is unguided and half the work.
         callback: called after each step as callback(step, timestep, latents), steps counted from 0; returns None, or
             latents to go on with. There will be len(sampler.timesteps) calls.
         progress: whether to show a bar.
@@ -149,8 +150,8 @@ def predict_noise(diffusion: nn.Module, latents: Tensor, timestep: float, contex
     """Returns the predicted noise ε, guided if the context has twice the latents' rows, in float32 as the latents."""
     n_pictures = len(latents)
     if len(context) not in (n_pictures, 2 * n_pictures):
-        raise ValueError(f"context has {len(context)} rows for {n_pictures} pictures; give {n_pictures}, or with guidance "
-                         f"{2 * n_pictures}")
+        raise ValueError(f"context has {len(context)} rows for {n_pictures} pictures; give {n_pictures}, or with "
+                         f"guidance {2 * n_pictures}")
     if cfg_scale == 1:
         context = context[:n_pictures]
     time_embedding = get_time_embedding(timestep, diffusion.config.channels[0])
@@ -185,7 +186,8 @@ def tokenize(texts: Sequence[str], tokenizer, n_tokens: int = 77) -> Tensor:
         end = ids[-1]
         if len(ids) > n_tokens:
             dropped = tokenizer.decode(ids[n_tokens - 1 : -1])
-            warn(f"the prompt {text[:40]!r}… has {len(ids)} tokens, the text encoder takes {n_tokens}: dropped {dropped!r}")
+            warn(f"the prompt {text[:40]!r} has {len(ids)} tokens, the text encoder takes {n_tokens}: "
+                 f"dropped {dropped!r}")
         ids = ids[:-1][: n_tokens - 1]
         rows.append(ids + [end] * (n_tokens - len(ids)))
     return torch.tensor(rows, device="cpu")
@@ -241,6 +243,13 @@ def sigma_at(sampler: DDPMSampler, timestep: float) -> float:
     return math.sqrt((1 - alpha_bar) / alpha_bar)
 
 
+def choose_size(height: int | None, width: int | None, native: int, image) -> tuple[int, int]:
+    """Returns height and width in pixels: what is asked for, else the checkpoint's own, in the image's proportions."""
+    if image is not None and height is None and width is None:
+        return native_size(image, native)
+    return int(height or native), int(width or native)
+
+
 def count_pictures(prompts: list[str], context: Context, latents: Tensor | None, n_steps: int, do_cfg: bool) -> int:
     """Returns how many pictures are asked for, by the latents, the prompts, or the rows of the context."""
     if latents is not None:
@@ -252,8 +261,8 @@ def count_pictures(prompts: list[str], context: Context, latents: Tensor | None,
 
 
 def show_progress(timesteps: list, progress: bool) -> Iterator:
-    """Yields the timesteps under tqdm's bar, and goes on without it where it cannot be written: no picture is lost for a
-    closed terminal."""
+    """Yields the timesteps under tqdm's bar, and without it where it cannot be written: no picture is lost for a closed
+    terminal."""
     bar = None
     cannot_write = suppress(OSError, ValueError, AttributeError)
     with cannot_write:
@@ -272,8 +281,8 @@ def check_finite(latents: Tensor, step: int, n_steps: int) -> None:
     """Raises FloatingPointError for NaN and infinity. On a GPU only the last step is looked at, which has them if one
     before it had: looking waits for the GPU."""
     if (latents.device.type == "cpu" or step == n_steps - 1) and not latents.isfinite().all():
-        raise FloatingPointError(f"the latents hold NaN or infinity after step {step} (from 0); try dtype float32, or a "
-                                 f"lower cfg_scale")
+        raise FloatingPointError(f"the latents hold NaN or infinity after step {step} (from 0); try dtype float32, or "
+                                 f"a lower cfg_scale")
 
 
 def warn(message: str) -> None:

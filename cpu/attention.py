@@ -20,8 +20,9 @@ def onednn_computes(dtype: torch.dtype) -> bool:
 def blocks_win() -> bool:
     """Returns whether `attend_in_blocks` is the faster one on this processor (benchmarks/attention.py).
 
-    4,096 tokens, heads of 40: on AMD's Zen 4 and 5 it takes 1/1.3 to 1/1.7 of PyTorch's time. Intel's processors with AMX
-    compute PyTorch's products in tiles: there it takes 84 ms against 45, and PyTorch attends.
+    4,096 tokens, heads of 40: on AMD's Zen 4 and 5 it took 1/1.3 to 1/1.7 of PyTorch's time, before queries had their
+    rest beside them. Intel's processors with AMX compute PyTorch's products in tiles: there it took 84 ms against 45,
+    and PyTorch attends.
     """
     return onednn_computes(torch.bfloat16) and not torch.cpu._is_amx_tile_supported()
 
@@ -29,10 +30,10 @@ def blocks_win() -> bool:
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """`attention.attend` with plain products of bfloat16, where there are many keys.
 
-    Softmax stays the same when a query's scores are all shifted, so they are shifted far below 0, where `sigmoids` is exp:
-    by MARGIN more than the largest among some 64 keys. The shift is part of the product, as are the sums to divide by,
-    which come from ones beside the values. Where they say that a score was too large for this, by 55 or more, or beyond
-    what bfloat16 can shift, PyTorch attends.
+    Softmax stays the same when a query's scores are all shifted, so they are shifted far below 0, where `sigmoids` is
+    exp: by MARGIN more than the largest among some 64 keys. The shift is part of the product, as are the sums to divide
+    by, which come from ones beside the values. Where they say that a score was too large for this, by 55 or more, or
+    beyond what bfloat16 can shift, PyTorch attends.
 
     Rounding the scaled queries to bfloat16 would change large scores by more than softmax forgives. What that rounding
     drops stands beside them, and meets the same keys.

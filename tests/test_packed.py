@@ -5,9 +5,9 @@ import torch
 
 import model_loader
 import oracle
+from cpu.packed import PackedUpsample, pack
 from diffusion import Upsample
 from model_converter import NETWORKS, to_standard_weights
-from cpu.packed import PackedUpsample, pack
 from pipeline import generate, get_time_embedding
 
 
