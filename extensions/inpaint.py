@@ -3,8 +3,8 @@
     inpaint("a cat on a bench", "bench.png", "mask.png")
     outpaint("a bench in a park", "bench.png", left=128, right=128)
 
-After each step of a common model, what is to stay is put back with that step's noise (RePaint, arXiv 2201.09865, eq. 8). A
-model made for it, with 9 channels, sees mask and masked picture beside the noisy latents (runwayml/stable-diffusion,
+After each step of a common model, what is to stay is put back with that step's noise (RePaint, arXiv 2201.09865, eq. 8).
+A model made for it, with 9 channels, sees mask and masked picture beside the noisy latents (runwayml/stable-diffusion,
 LatentInpaintDiffusion). Noise is drawn in the order of diffusers' pipeline.
 """
 
@@ -26,14 +26,14 @@ from samplers import SAMPLERS
 
 
 @torch.no_grad()
-def inpaint(prompt, input_image, mask, strength: float = 1.0, blur: int = 0, only_masked: bool = False, padding: int = 32,
-            fill: str = "original", **of_generate) -> np.ndarray:
+def inpaint(prompt, input_image, mask, strength: float = 1.0, blur: int = 0, only_masked: bool = False,
+            padding: int = 32, fill: str = "original", **of_generate) -> np.ndarray:
     """Draws the masked part of a picture anew; all other pixels come back byte for byte.
 
     Args:
         prompt, input_image, strength: as for `generate`.
-        mask: a picture of the same size, white where it is drawn anew (if parts of it are transparent: where it is not);
-            an array or tensor may also be bool, or uint8 of 0 and 1.
+        mask: a picture of the same size, white where it is drawn anew (if parts of it are transparent: where it is
+            not); an array or tensor may also be bool, or uint8 of 0 and 1.
         blur: over how many pixels inside the mask the new passes into the old.
         only_masked: whether to draw the mask and its surroundings alone, enlarged.
         padding: pixels of surroundings on each side.
@@ -118,12 +118,14 @@ def prepare(image: Image.Image, mask: Image.Image, fill: str, n_pictures: int, g
             "seed": None, "height": None, "width": None}  # the noise goes on from what was drawn here
 
 
-def outpaint(prompt, input_image, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0, **of_generate) -> np.ndarray:
+def outpaint(prompt, input_image, left: int = 0, top: int = 0, right: int = 0, bottom: int = 0,
+             **of_generate) -> np.ndarray:
     """Draws so many pixels more on each side of a picture; its own come back byte for byte.
 
     Args:
         of_generate: what else `inpaint` takes. Unless told otherwise, the new parts start from the colours at the
-            picture's edge ("fill"), and the picture is drawn at the area that the model was made for, the rest beside it.
+            picture's edge ("fill"), and the picture is drawn at the area that the model was made for, the rest
+            beside it.
 
     Returns:
         uint8 (top + h + bottom, left + w + right, 3); for a list of n prompts (n, …).
@@ -149,8 +151,8 @@ class Inpainting(nn.Module):
 
     Args:
         diffusion: the UNet.
-        beside: (pictures, 5, h / 8, w / 8), the mask (1: drawn anew), then the latents of the picture with mid grey under
-            the mask.
+        beside: (pictures, 5, h / 8, w / 8), the mask (1: drawn anew), then the latents of the picture with mid grey
+            under the mask.
     """
 
     def __init__(self, diffusion: nn.Module, beside: Tensor):
@@ -193,12 +195,13 @@ def open_mask(mask, size: tuple[int, int]) -> Image.Image:
         mask = alpha if alpha.getextrema()[0] < 255 else mask
     mask = open_image(mask, name).convert("L")
     if mask.size != size:
-        raise ValueError(f"{name} is {mask.width}x{mask.height} pixels, the picture {size[0]}x{size[1]}; give a mask of its size")
+        raise ValueError(f"{name} is {mask.width}x{mask.height} pixels, the picture {size[0]}x{size[1]}; give a mask of "
+                         f"its size")
     return mask
 
 
 def find_box(mask: Image.Image, padding: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
-    """Returns left, top, right and bottom of a mask and its surroundings, widened to the proportions of height and width."""
+    """Returns left, top, right and bottom of a mask and its surroundings, in the proportions of height and width."""
     left, top, right, bottom = mask.getbbox() or (0, 0, *mask.size)
     left, right = max(left - padding, 0), min(right + padding, mask.width)
     top, bottom = max(top - padding, 0), min(bottom + padding, mask.height)
@@ -221,7 +224,8 @@ def fill_from_around(image: Image.Image, mask: Image.Image) -> Image.Image:
     known = image.copy()
     known.putalpha(ImageOps.invert(mask))
     weighted = known.convert("RGBa")
-    filled = weighted.resize((1, 1), Image.Resampling.BOX).convert("RGBA").convert("RGB").resize(image.size).convert("RGBA")
+    average = weighted.resize((1, 1), Image.Resampling.BOX).convert("RGBA").convert("RGB")
+    filled = average.resize(image.size).convert("RGBA")
     for radius in (64, 16, 4):
         filled.alpha_composite(weighted.filter(ImageFilter.GaussianBlur(radius)).convert("RGBA"))
     filled.alpha_composite(known)

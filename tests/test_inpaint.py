@@ -9,6 +9,7 @@ from PIL import Image
 import oracle
 from extensions.deep_cache import DeepCache
 from extensions.inpaint import Inpainting, feather, fill_from_around, find_box, inpaint, open_mask, outpaint
+from images import to_tensor
 from model_converter import read_networks
 from model_loader import load_tokenizer
 from samplers import SAMPLERS, DDIMSampler
@@ -38,19 +39,20 @@ def rectangle(size=(64, 64), box=(16, 8, 45, 51)):
 def kinds(checkpoint, weights, tmp_path_factory):
     """By the UNet's channels: our networks, and the parts of diffusers' pipeline."""
     configs = oracle.TINY | {"diffusion": replace(oracle.TINY["diffusion"], in_channels=9)}
-    path = tmp_path_factory.mktemp("nine") / "nine.safetensors"
+    nine = tmp_path_factory.mktemp("nine") / "nine.safetensors"
     found = {}
-    for channels, path, weights in [(4, checkpoint, weights), (9, path, oracle.write_checkpoint(path, configs))]:
-        parts = dict(vae=oracle.vae_oracle(weights), text_encoder=oracle.clip_oracle(weights), tokenizer=load_tokenizer(),
-                     unet=oracle.unet_oracle(weights, replace(configs["diffusion"], in_channels=channels)),
+    for channels, path, named in [(4, checkpoint, weights), (9, nine, oracle.write_checkpoint(nine, configs))]:
+        parts = dict(vae=oracle.vae_oracle(named), text_encoder=oracle.clip_oracle(named), tokenizer=load_tokenizer(),
+                     unet=oracle.unet_oracle(named, replace(configs["diffusion"], in_channels=channels)),
                      safety_checker=None, feature_extractor=None, requires_safety_checker=False)
         networks = {name: network.eval() for name, network in read_networks(path, dtype=torch.float32).items()}
         found[channels] = networks, parts
     return found
 
 
-def paint(kinds, channels=4, image=picture(), mask=rectangle(), prompt="a cat", **settings):
+def paint(kinds, channels=4, image=None, mask=None, prompt="a cat", **settings):
     settings = dict(n_inference_steps=2, sampler_name="ddim", seed=7, progress=False, cfg_scale=4.0) | settings
+    image, mask = image or picture(), rectangle() if mask is None else mask
     return inpaint(prompt, image, mask, models=kinds[channels][0], **settings)
 
 
@@ -82,8 +84,8 @@ def test_only_masked_draws_what_diffusers_crops(kinds):
     result = paint(kinds, 4, image, mask, only_masked=True, padding=14, height=64, width=64)
     pipe = StableDiffusionInpaintPipeline(scheduler=SCHEDULERS["ddim"], **kinds[4][1])
     pipe.set_progress_bar_config(disable=True)
-    expected = pipe("a cat", image=image, mask_image=mask, guidance_scale=4.0, padding_mask_crop=14, height=64, width=64,
-                    strength=1.0, num_inference_steps=2, generator=torch.Generator().manual_seed(7)).images[0]
+    expected = pipe("a cat", image=image, mask_image=mask, guidance_scale=4.0, padding_mask_crop=14, height=64,
+                    width=64, strength=1.0, num_inference_steps=2, generator=torch.Generator().manual_seed(7)).images[0]
     inside = np.asarray(mask) > 0
     assert np.abs(result.astype(int) - np.asarray(expected))[inside].max() <= 1
     assert np.array_equal(result[~inside], np.asarray(image)[~inside])
@@ -102,8 +104,8 @@ def test_the_part_that_is_drawn(box, padding, size, expected):
 
 
 @pytest.mark.parametrize("channels", [4, 9])
-@pytest.mark.parametrize("settings", [{}, {"only_masked": True}, {"strength": 0.6, "height": 32, "width": 48}, {"blur": 3},
-                                      {"fill": "fill"}, {"fill": "latent noise"}, {"fill": "nothing"}])
+@pytest.mark.parametrize("settings", [{}, {"only_masked": True}, {"strength": 0.6, "height": 32, "width": 48},
+                                      {"blur": 3}, {"fill": "fill"}, {"fill": "latent noise"}, {"fill": "nothing"}])
 def test_every_other_pixel_comes_back_byte_for_byte(kinds, channels, settings):
     image, mask = picture((75, 50)), rectangle((75, 50), (30, 10, 61, 37))
     result = paint(kinds, channels, image, mask, **settings)
@@ -125,11 +127,11 @@ def test_what_stays_is_put_back_after_each_step(kinds, sampler_name):
     for fill in ["original", "nothing"]:
         paint(kinds, 4, sampler_name=sampler_name, strength=0.9, n_inference_steps=6, fill=fill, callback=look)
     n = len(seen) // 2
-    mean = kinds[4][0]["encoder"].moments(torch.from_numpy(np.asarray(picture()) / 127.5 - 1).float().permute(2, 0, 1)[None])
-    std = 0.18215 * (0.5 * mean[1]).exp()
+    mean, log_variance = kinds[4][0]["encoder"].moments(to_tensor(picture(), 64, 64))
+    std = 0.18215 * (0.5 * log_variance).exp()
     outside = torch.ones(8, 8, dtype=bool)
     outside[1:7, 2:6] = False
-    assert ((seen[n - 1] - 0.18215 * mean[0]) / std)[..., outside].abs().max() < 5  # clean in the end
+    assert ((seen[n - 1] - 0.18215 * mean) / std)[..., outside].abs().max() < 5  # clean in the end
     for first, second in zip(seen[:n], seen[n:]):
         assert torch.equal(first[..., outside], second[..., outside])  # nothing of what is drawn
         assert not torch.equal(first[..., ~outside], second[..., ~outside])
@@ -141,8 +143,8 @@ def test_every_kind_of_mask_means_the_same(kinds, tmp_path):
     clear = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
     clear.paste((0, 0, 0, 255), (16, 8, 45, 51))
     clear.save(tmp_path / "clear.png")
-    for given in [mask, mask.convert("RGB"), mask.convert("1"), mask.convert("RGBA"), clear, tmp_path / "clear.png", white,
-                  white > 0, (white > 0).astype(np.uint8), white / 255, torch.from_numpy(white > 0),
+    for given in [mask, mask.convert("RGB"), mask.convert("1"), mask.convert("RGBA"), clear, tmp_path / "clear.png",
+                  white, white > 0, (white > 0).astype(np.uint8), white / 255, torch.from_numpy(white > 0),
                   torch.from_numpy(white / 255).bfloat16(), white[:, :, None]]:
         assert np.array_equal(open_mask(given, (64, 64)), white)
     assert np.array_equal(paint(kinds, mask=clear), paint(kinds, mask=white > 0))
@@ -158,7 +160,7 @@ def test_fill(kinds):
     starts = {}
     for fill in ["original", "fill", "noise", "nothing"]:
         paint(kinds, fill=fill, strength=0.02, n_inference_steps=50, cfg_scale=1,
-              callback=lambda step, timestep, latents: starts.setdefault(fill, latents.clone()))
+              callback=lambda step, timestep, latents, fill=fill: starts.setdefault(fill, latents.clone()))
     inside = np.s_[0, :, 2:5, 3:5]
     assert starts["nothing"][inside].abs().mean() < 0.5 < starts["noise"][inside].abs().mean()
     assert (starts["fill"] - starts["original"])[inside].abs().mean() > 0.05
@@ -187,8 +189,8 @@ def test_blur_rises_from_the_edge_inwards():
 def test_outpainting(kinds):
     image = picture((64, 48))
     for channels in (4, 9):
-        result = outpaint("a cat", image, left=9, top=8, right=16, models=kinds[channels][0], n_inference_steps=2, seed=1,
-                          progress=False)
+        result = outpaint("a cat", image, left=9, top=8, right=16, models=kinds[channels][0], n_inference_steps=2,
+                          seed=1, progress=False)
         assert result.shape == (56, 89, 3) and np.array_equal(result[8:, 9:73], np.asarray(image))
         assert (result[:, :9].std() > 5) and (result[:, 73:].std() > 5) and (result[:8].std() > 5)
     sizes = []
