@@ -52,8 +52,8 @@ def as_image(image, name="input_image"):
     if isinstance(image, (str, os.PathLike, io.IOBase)):
         return load_file(image, name)
     if isinstance(image, (list, tuple)):
-        raise ValueError(f"{name} is a {type(image).__name__} of {len(image)}; give one picture: a path, a PIL image, an "
-                         f"array or a tensor")
+        raise ValueError(f"{name} is a {type(image).__name__} of {len(image)}; give one picture: a path, a PIL image, "
+                         f"an array or a tensor")
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
@@ -124,7 +124,8 @@ def convert_to_srgb(image, name):
         mode = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
         try:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            return ImageCms.profileToProfile(image.convert(mode), profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(image.convert(mode), profile, srgb, outputMode="RGB")
         except (ImageCms.PyCMSError, OSError) as error:
             warnings.warn(f"{name}: its colour profile cannot be used ({error}); taken as sRGB", stacklevel=4)
     return image.convert("RGB")

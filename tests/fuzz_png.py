@@ -125,5 +125,5 @@ def run(count, seed=0):
 if __name__ == "__main__":
     count, seed = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     n_read, longest, growth = run(count, seed)
-    print(f"{count} files: {n_read} read, {count - n_read} refused; "
-          f"at most {longest:.2f} s a file, {growth:.0f} MB more")
+    print(f"{count} files: {n_read} read, {count - n_read} refused; at most {longest:.2f} s a file, "
+          f"{growth:.0f} MB more")
