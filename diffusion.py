@@ -26,6 +26,11 @@ class DiffusionConfig:
     d_context: int = 768
     n_groups: int = 32  # of the group norms
     sample_size: int = 512  # pixels a side of the pictures it was trained on
+    cfg_scale: float = 7.5  # the guidance scale that suits it
+    prediction: str = "epsilon"  # or "v" (arXiv 2202.00512), from which `ddpm.eps_from_v` finds the noise
+    zero_terminal_snr: bool = False  # whether the noise schedule ends in noise alone (arXiv 2305.08891, section 3.1)
+    guidance_rescale: float = 0.0  # for `ddpm.rescale_guidance` (the same, section 3.4)
+    d_guidance: int = 0  # channels of the guidance scale's embedding, where a model is told it (LCM, arXiv 2310.04378)
 
 
 def get_time_embedding(timestep: float | Tensor, width: int = 320) -> Tensor:
@@ -44,15 +49,39 @@ def get_time_embedding(timestep: float | Tensor, width: int = 320) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-class TimeEmbedding(nn.Module):
-    """The sinusoidal embedding (batch, width) -> what the residual blocks are told (batch, 4 * width)"""
+def get_guidance_embedding(cfg_scale: float, width: int) -> Tensor:
+    """Returns the sinusoidal embedding of a guidance scale, sines first, for models that are told it (LCM, arXiv
+    2310.04378, section 4.1; w = cfg_scale - 1, times 1000).
 
-    def __init__(self, width: int):
+    Args:
+        cfg_scale: the guidance scale, from 1 (none) on.
+        width: channels of the embedding: the config's d_guidance.
+
+    Returns:
+        (1, width) float32 on the CPU.
+    """
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / (half - 1))
+    angles = 1000 * (float(cfg_scale) - 1) * frequencies[None]
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    """The sinusoidal embedding (batch, width) -> what the residual blocks are told (batch, 4 * width)
+
+    With d_guidance, the embedding of the guidance scale follows that of the timestep: (batch, width + d_guidance).
+    """
+
+    def __init__(self, width: int, d_guidance: int = 0):
         super().__init__()
+        self.cond_proj = nn.Linear(d_guidance, width, bias=False) if d_guidance else None
         self.linear_1 = nn.Linear(width, 4 * width)
         self.linear_2 = nn.Linear(4 * width, 4 * width)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.cond_proj:
+            width = self.linear_1.in_features
+            x = x[:, :width] + self.cond_proj(x[:, width:])
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
@@ -184,7 +213,7 @@ class Diffusion(nn.Module):
         def attention(channels):
             return AttentionBlock(channels, config.n_heads, config.d_context, config.n_groups)
 
-        self.time_embedding = TimeEmbedding(width)
+        self.time_embedding = TimeEmbedding(width, config.d_guidance)
         self.encoders = nn.ModuleList([SwitchSequential(nn.Conv2d(config.in_channels, width, 3, padding=1))])
         skips = [width]  # channels of the skip connections, to be met in reverse
         for i, channels in enumerate(config.channels):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import secrets
 import sys
 import warnings
@@ -15,9 +16,9 @@ from tqdm import tqdm
 
 import model_loader
 from arguments import check_arguments, check_models
-from ddpm import DDPMSampler, draw_noise
-from diffusion import get_time_embedding
-from images import open_image, to_tensor, to_uint8
+from ddpm import DDPMSampler, draw_noise, eps_from_v, rescale_guidance
+from diffusion import get_guidance_embedding, get_time_embedding
+from images import native_size, open_image, to_tensor, to_uint8
 from samplers import SAMPLERS
 
 Context = Tensor | Callable[[int, int], Tensor]
@@ -52,7 +53,8 @@ def generate(prompt: str | list[str] | None = None, uncond_prompt: str | list[st
         device: where to compute; None is where the UNet is, or the fastest device if it is yet to be loaded.
         idle_device: where each network is put once it has served; None leaves it.
         tokenizer: what `model_loader.load_tokenizer` returns; None loads it, once a process.
-        height, width: pixels, multiples of 8; None is the size that the checkpoint was made for.
+        height, width: pixels, multiples of 8; None is the size that the checkpoint was made for, or its area in the
+            proportions of the input image. An image of other proportions is cropped to fit; `images.fit` pads.
         sampler: a sampler object to use instead of sampler_name. It is copied; its `timesteps` are set to this call's.
         context: what `encode_prompts` returns, to be used instead of prompts, with any number of tokens; or a function
             context(step, n_steps), of a step's number from 0 and the number of steps, which returns it.
@@ -71,35 +73,38 @@ def generate(prompt: str | list[str] | None = None, uncond_prompt: str | list[st
     """
     prompts, uncond_prompts = check_arguments(prompt, uncond_prompt, input_image, strength, cfg_scale, sampler_name,
                                               seed, device, idle_device, height, width, sampler, context, latents)
-    from_noise = input_image is None and latents is None
-    sampler = plan(sampler or SAMPLERS[sampler_name](), n_inference_steps, 1.0 if from_noise else strength)
+    strength = 1.0 if input_image is None and latents is None else strength
+    planned = plan(sampler or SAMPLERS[sampler_name](), n_inference_steps, strength)
     image = None if input_image is None else open_image(input_image)
     models = models or model_loader.default_models(str(device or model_loader.best_device()))
     clip, unet, decoder = check_models(models, image is not None)
     device = torch.device(device) if device else device_of(unet)
+    if unet.config.zero_terminal_snr and sampler is None:
+        sampler = SAMPLERS[sampler_name](rescale_zero_terminal_snr=True, timestep_spacing="trailing")
+        planned = plan(sampler, n_inference_steps, strength)
 
     # The prompts become a context: (pictures, tokens, d), with guidance followed by as many to stay away from.
     if context is None:
         with on_device(clip, device, idle_device):
             context = encode_prompts(prompts, uncond_prompts if do_cfg else [], clip,
                                      tokenizer or model_loader.default_tokenizer())
-    n_pictures = count_pictures(prompts, context, latents, len(sampler.timesteps), do_cfg)
+    n_pictures = count_pictures(prompts, context, latents, len(planned.timesteps), do_cfg)
 
     # The loop starts from noise, or from the picture's latents with as much noise as strength leaves to remove.
-    if seed is not None or sampler.generator is None:
-        sampler.generator = seed_generators(seed, n_pictures)
+    if seed is not None or planned.generator is None:
+        planned.generator = seed_generators(seed, n_pictures)
     if latents is None:
-        height, width = height or unet.config.sample_size, width or unet.config.sample_size
-        latents = draw_noise(sampler.generator, (n_pictures, 4, height // 8, width // 8))
+        height, width = choose_size(height, width, unet.config.sample_size, image)
+        latents = draw_noise(planned.generator, (n_pictures, 4, height // 8, width // 8))
         if image is not None:
             pixels = to_tensor(image, height, width)  # (1, 3, height, width)
             with on_device(models["encoder"], device, idle_device) as encoder:
                 latents = encoder(*to_network(encoder, device, pixels, latents)).float()
-            latents = sampler.add_noise(latents, sampler.timesteps[0])
+            latents = planned.add_noise(latents, planned.timesteps[0])
 
     with on_device(unet, device, idle_device):
-        latents = denoise(unet, sampler, latents.to(device), context,
-                          7.5 if cfg_scale is None else cfg_scale, callback, progress)
+        latents = denoise(unet, planned, latents.to(device), context,
+                          unet.config.cfg_scale if cfg_scale is None else cfg_scale, callback, progress)
     with on_device(decoder, device, idle_device):
         images = decoder(*to_network(decoder, device, latents))  # (pictures, 3, height, width) in [-1, 1]
     if not images.isfinite().all():
@@ -136,7 +141,7 @@ def denoise(diffusion: nn.Module, sampler: DDPMSampler, latents: Tensor, context
     for step, timestep in enumerate(show_progress(sampler.timesteps, progress)):
         step_context = context(step, n_steps) if callable(context) else context
         scale = cfg_scale(sigma_at(sampler, timestep)) if callable(cfg_scale) else cfg_scale
-        eps = predict_noise(diffusion, latents, timestep, step_context, scale)
+        eps = predict_noise(diffusion, sampler, latents, timestep, step_context, scale)
         latents = sampler.step(timestep, latents, eps)
         if callback:
             returned = callback(step, timestep, latents)
@@ -145,20 +150,26 @@ def denoise(diffusion: nn.Module, sampler: DDPMSampler, latents: Tensor, context
     return latents
 
 
-def predict_noise(diffusion: nn.Module, latents: Tensor, timestep: float, context: Tensor, cfg_scale: float) -> Tensor:
+def predict_noise(diffusion: nn.Module, sampler: DDPMSampler, latents: Tensor, timestep: float, context: Tensor,
+                  cfg_scale: float) -> Tensor:
     """Returns the predicted noise ε, guided if the context has twice the latents' rows, in float32 as the latents."""
-    n_pictures = len(latents)
+    n_pictures, config = len(latents), diffusion.config
     if len(context) not in (n_pictures, 2 * n_pictures):
         raise ValueError(f"context has {len(context)} rows for {n_pictures} pictures; give {n_pictures}, or with "
                          f"guidance {2 * n_pictures}")
-    if cfg_scale == 1:
+    embedding = get_time_embedding(timestep, config.channels[0])
+    if config.d_guidance:  # a model that was distilled with guidance is told its scale
+        embedding = torch.cat([embedding, get_guidance_embedding(cfg_scale, config.d_guidance)], dim=1)
+    if config.d_guidance or cfg_scale == 1:
         context = context[:n_pictures]
-    time_embedding = get_time_embedding(timestep, diffusion.config.channels[0])
-    eps = diffusion(*to_network(diffusion, latents.device, latents, context, time_embedding)).float()
-    if len(context) == n_pictures:
-        return eps
-    eps_cond, eps_uncond = eps.chunk(2)
-    return eps_uncond + float(cfg_scale) * (eps_cond - eps_uncond)
+
+    output = diffusion(*to_network(diffusion, latents.device, latents, context, embedding)).float()
+    if len(context) > n_pictures:
+        cond, uncond = output.chunk(2)
+        output = uncond + float(cfg_scale) * (cond - uncond)
+        if config.guidance_rescale:
+            output = rescale_guidance(output, cond, config.guidance_rescale)
+    return eps_from_v(output, latents, sampler.alpha_bar(timestep)) if config.prediction == "v" else output
 
 
 def encode_prompts(prompts: list[str], uncond_prompts: list[str], clip: nn.Module, tokenizer) -> Tensor:
@@ -174,6 +185,9 @@ def encode_prompts(prompts: list[str], uncond_prompts: list[str], clip: nn.Modul
         (len(prompts) + len(uncond_prompts), 77, 768) on the text encoder's device, in its dtype.
     """
     model_loader.check_tokenizer(tokenizer, clip.config.n_vocab)
+    for text in prompts:
+        if unknown := tell_unknown_words(text, clip.config.words):
+            warn(unknown)
     tokens = tokenize([*prompts, *uncond_prompts], tokenizer, clip.config.n_tokens)
     return clip(tokens.to(device_of(clip)))
 
@@ -190,6 +204,18 @@ def tokenize(texts: Sequence[str], tokenizer, n_tokens: int = 77) -> Tensor:
         ids = ids[:-1][: n_tokens - 1]
         rows.append(ids + [end] * (n_tokens - len(ids)))
     return torch.tensor(rows, device="cpu")
+
+
+def tell_unknown_words(text: str, words: Sequence[str]) -> str:
+    """Returns one line that names the words of a prompt that the model was not trained on; nothing if it knows all, or
+    if its checkpoint does not say which words it knows."""
+    asked = list(dict.fromkeys(re.findall(r"[^\W_]+", text.lower())))
+    unknown = [word for word in asked if word not in words]
+    if not words or not unknown:
+        return ""
+    known = [word for word in asked if word in words]
+    rest = f"it draws {' '.join(known)!r}" if known else "it draws something"
+    return f"the model in the box does not know: {', '.join(unknown)}; {rest}"
 
 
 # ---- devices
@@ -240,6 +266,13 @@ def seed_generators(seed: int | None, n_pictures: int) -> list[torch.Generator]:
 def sigma_at(sampler: DDPMSampler, timestep: float) -> float:
     alpha_bar = sampler.alpha_bar(timestep)
     return math.sqrt((1 - alpha_bar) / alpha_bar)
+
+
+def choose_size(height: int | None, width: int | None, native: int, image) -> tuple[int, int]:
+    """Returns height and width in pixels: what is asked for, else the checkpoint's own, in the image's proportions."""
+    if image is not None and height is None and width is None:
+        return native_size(image, native)
+    return int(height or native), int(width or native)
 
 
 def count_pictures(prompts: list[str], context: Context, latents: Tensor | None, n_steps: int, do_cfg: bool) -> int:

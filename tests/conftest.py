@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+import model_converter
 import oracle
 from cpu.attention import onednn_computes
 from model_converter import read_networks
@@ -39,6 +40,22 @@ def models(checkpoint):
     """The four networks of that checkpoint, on the CPU in float32."""
     modules = read_networks(checkpoint, dtype=torch.float32)
     return {network: module.eval() for network, module in modules.items()}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a dict of weights as a pickled checkpoint and returns its path."""
+    def write(checkpoint, name="model.ckpt", **settings):
+        torch.save(checkpoint, tmp_path / name, **settings)
+        return tmp_path / name
+    return write
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Pickles cannot say how many heads there are: let the tiny ones be the default."""
+    infer = model_converter.infer_configs
+    monkeypatch.setattr(model_converter, "infer_configs", lambda weights, metadata: infer(weights, oracle.METADATA))
 
 
 @pytest.fixture(scope="session")

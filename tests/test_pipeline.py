@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ import images
 import model_loader
 import oracle
 import pipeline
+from clip import CLIP
+from diffusion import Diffusion
 from oracle import picture
 from pipeline import denoise, encode_prompts, generate, get_time_embedding
 from samplers import SAMPLERS
@@ -49,6 +52,43 @@ def test_text_to_image_equals_diffusers(draw, diffusers_parts, sampler_name, hei
                   sampler_name=sampler_name)
     assert images.shape == (2, height, width, 3) and images.dtype == np.uint8 and images.std() > 20
     assert np.abs(images / 255 - expected).max() <= 0.51 / 255  # half a grey level is what rounding costs
+
+
+@pytest.mark.parametrize("zero_snr, rescale", [(False, 0.0), (False, 0.7), (True, 0.7)])
+def test_v_prediction_equals_diffusers(models, tokenizer, diffusers_parts, zero_snr, rescale):
+    scheduler = DDIMScheduler(**SCHEDULE, set_alpha_to_one=False, prediction_type="v_prediction",
+                              rescale_betas_zero_snr=zero_snr, timestep_spacing="trailing" if zero_snr else "leading")
+    pipe = StableDiffusionPipeline(scheduler=scheduler, **diffusers_parts)
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe("a cat", height=64, width=64, num_inference_steps=5, guidance_scale=4.0, guidance_rescale=rescale,
+                    output_type="np", generator=torch.Generator().manual_seed(7)).images[0]
+    unet = Diffusion(replace(models["diffusion"].config, prediction="v", zero_terminal_snr=zero_snr,
+                             guidance_rescale=rescale))
+    unet.load_state_dict(models["diffusion"].state_dict())
+    image = generate("a cat", models={**models, "diffusion": unet}, tokenizer=tokenizer, n_inference_steps=5,
+                     cfg_scale=4.0, sampler_name="ddim", seed=7)
+    assert np.abs(image / 255 - expected).max() <= (0.51 if not zero_snr else 1.01) / 255
+
+
+def test_a_checkpoint_has_its_own_guidance_scale(draw, models, tokenizer):
+    unet = Diffusion(replace(models["diffusion"].config, cfg_scale=3.0))
+    unet.load_state_dict(models["diffusion"].state_dict())
+    image = generate("a cat", models={**models, "diffusion": unet}, tokenizer=tokenizer, n_inference_steps=2, seed=7,
+                     sampler_name="ddim")
+    assert np.array_equal(image, draw(cfg_scale=3.0)) and np.array_equal(draw(), draw(cfg_scale=7.5))
+
+
+def test_words_that_a_checkpoint_does_not_know_are_named(draw, models, tokenizer):
+    clip = CLIP(replace(models["clip"].config, words=("a", "cat", "red")))
+    clip.load_state_dict(models["clip"].state_dict())
+    known = {**models, "clip": clip}
+    with pytest.warns(UserWarning, match="does not know: futuristic, mars; it draws 'a red cat'") as caught:
+        image = generate("a futuristic red Cat, Mars", models=known, tokenizer=tokenizer, seed=7, n_inference_steps=1)
+    assert caught[0].filename == __file__ and image.shape == (64, 64, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generate("A red cat.", models=known, tokenizer=tokenizer, seed=7, n_inference_steps=1)
+        draw("a futuristic cat")
 
 
 def test_without_guidance_equals_diffusers(draw, diffusers_parts):
@@ -405,7 +445,6 @@ def test_non_finite_values_raise(models, tokenizer, network, message):
 
 
 def test_an_inpainting_unet_is_refused(models, tokenizer):
-    from dataclasses import replace
     unet = type(models["diffusion"])(replace(oracle.TINY["diffusion"], in_channels=9))
     with pytest.raises(ValueError, match="takes 9 channels"):
         generate("a cat", models={**models, "diffusion": unet}, tokenizer=tokenizer)
