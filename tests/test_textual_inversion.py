@@ -16,14 +16,8 @@ from checkpoint_file import CheckpointError
 from extensions import textual_inversion
 from extensions.emphasis import encode_weighted
 from extensions.textual_inversion import find_embeddings, load_embedding
-from model_loader import load_tokenizer
 
 VECTORS = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
 
 
 def web_ui(vectors=VECTORS, name="stored"):
