@@ -16,6 +16,7 @@ from checkpoint_file import CheckpointError
 from extensions import textual_inversion
 from extensions.emphasis import encode_weighted
 from extensions.textual_inversion import find_embeddings, load_embedding
+from model_loader import load_tokenizer
 
 VECTORS = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
 
