@@ -35,12 +35,15 @@ CURVES = {  # {curve: [(steps, noise levels with guidance or None for all, inter
 
 def describe(steps, levels, interval):
     """Returns a setting's name in the table, and a short one for the plot."""
-    if levels is None and interval == 1:
+    parts = []
+    if levels is not None:
+        span = f"({levels[0]:g}, {levels[1]:g})"
+        parts.append((f"guidance in {span}", span))
+    if interval > 1:
+        parts.append((f"deep layers every {interval}", f"every {interval}"))
+    if not parts:
         return f"{steps} steps", str(steps)
-    guidance = [f"({levels[0]:g}, {levels[1]:g})"] * (levels is not None)
-    cache = [str(interval)] * (interval > 1)
-    return (", ".join([f"guidance in {part}" for part in guidance] + [f"deep layers every {part}" for part in cache]),
-            ", ".join(guidance + [f"every {part}" for part in cache]))
+    return tuple(", ".join(names) for names in zip(*parts))
 
 
 def draw_with(setting, prompts, models, tokenizer):

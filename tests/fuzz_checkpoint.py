@@ -2,8 +2,8 @@
 
     python tests/fuzz_checkpoint.py 20000 [--seed 0]
 
-Prints the files that did otherwise, or took more than ten seconds; fails if there are any, or if memory grew by more than
-1 GB. What begins as a whole file is cut, spliced and changed byte by byte, or opcode by opcode within its pickle.
+Prints the files that did otherwise, or took more than ten seconds; fails if there are any, or if memory grew by more
+than 1 GB. What begins as a whole file is cut, spliced and changed byte by byte, or opcode by opcode within its pickle.
 """
 
 import argparse
@@ -111,13 +111,18 @@ def damage_pickle(pickled, rng):
     return b"".join(steps)
 
 
+def pickle_length(data):
+    """Returns how many bytes the pickle at the beginning of the data has."""
+    return next(place + 1 for opcode, _, place in pickletools.genops(data) if opcode.name == "STOP")
+
+
 def with_pickle(data, rng):
     """Returns a PyTorch file with another pickle in the place of its own."""
     if not data.startswith(b"PK"):
         header = 0
         for _ in range(3):  # the number of the format, its version, the system
-            header += next(place + 1 for opcode, _, place in pickletools.genops(data[header:]) if opcode.name == "STOP")
-        end = header + next(place + 1 for opcode, _, place in pickletools.genops(data[header:]) if opcode.name == "STOP")
+            header += pickle_length(data[header:])
+        end = header + pickle_length(data[header:])
         return data[:header] + damage_pickle(data[header:end], rng) + data[end:]
     result = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(result, "w") as new:
@@ -141,7 +146,8 @@ def main():
         for i in range(arguments.count):
             rng = random.Random(f"{arguments.seed} {i}")
             path.unlink(missing_ok=True)
-            path.write_bytes(damage_bytes(rng.choice(files), rng, files) if i % 2 else with_pickle(rng.choice(pickles), rng))
+            damaged = damage_bytes(rng.choice(files), rng, files) if i % 2 else with_pickle(rng.choice(pickles), rng)
+            path.write_bytes(damaged)
             start = time.perf_counter()
             try:
                 weights, _ = read_checkpoint(path, mapped=bool(i % 3))

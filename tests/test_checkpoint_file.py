@@ -78,7 +78,7 @@ class ModelCheckpoint:
 
 def test_a_checkpoint_with_lightning_classes_loads(written, tiny, weights, monkeypatch):
     module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
-    for name, parent in [("pytorch_lightning", None), ("pytorch_lightning.callbacks", None), (module.__name__, None)]:
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
         monkeypatch.setitem(sys.modules, name, module)
     for kind in (ModelCheckpoint, AttributeDict, ListConfig):
         monkeypatch.setattr(kind, "__module__", module.__name__)

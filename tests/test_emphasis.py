@@ -13,16 +13,10 @@ from torch import nn
 
 import oracle
 from extensions.emphasis import at_step, encode_weighted, parse
-from model_loader import load_tokenizer
 from pipeline import encode_prompts, generate, get_time_embedding
 
 CASES = json.loads((Path(__file__).parent / "fixtures" / "emphasis.json").read_text())
 EMBEDDING = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
 
 
 @pytest.fixture(scope="module")

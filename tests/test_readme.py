@@ -65,6 +65,11 @@ def test_files_it_names_exist():
         assert (ROOT / name).exists(), name
 
 
+def test_options_it_names_exist():
+    options = set(re.findall(r'add\("(--[a-z-]+)"', (ROOT / "cli.py").read_text()))
+    assert set(re.findall(r"(?<!\S)[`(]*(--[a-z][a-z-]+)", TEXT)) - {"--help", "--index-url"} <= options
+
+
 def test_files_are_as_long_as_it_says():
     for _, name, _, length in LISTED.findall(TEXT):
         assert abs(count_lines(name) - int(length)) <= 10 + count_lines(name) / 5, "run python -m tests.test_readme"

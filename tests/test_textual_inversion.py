@@ -21,11 +21,6 @@ from model_loader import load_tokenizer
 VECTORS = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
-
-
 def web_ui(vectors=VECTORS, name="stored"):
     """What AUTOMATIC1111's web UI saves."""
     return {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": name, "step": 100,
