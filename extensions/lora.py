@@ -1,0 +1,449 @@
+"""LoRA and its kin: small files of changes to a model's weights, added for good or for a while.
+
+    add_lora(models, "style.safetensors", scale=0.8)
+    with lora(models, "style.safetensors", scale=0.8):
+        image = generate("a red apple", models=models)
+
+LoRA (arXiv 2106.09685, section 4.1) turns a weight W (out, in) into W + scale * alpha / r * B A, with B (out, r) and
+A (r, in). Its kin make the change otherwise: a function each, below. The files of all trainers go through one table of
+names, RULES. Nothing changes before the whole of a file is known to fit; then weights change in place, one by one.
+"""
+
+import json
+import math
+import re
+from collections import namedtuple
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from checkpoint_file import CheckpointError, read_checkpoint
+from model_converter import NETWORKS, PREFIXES, diffusers_names, standard_names, strip_ones, substitute
+
+Layer = namedtuple("Layer", "network, module, part, n_parts")  # a third of a fused projection has rows of its own
+
+
+def add_lora(models: dict, path, scale: float = 1.0, unet_scale: float | None = None,
+             text_scale: float | None = None) -> dict[str, torch.Tensor]:
+    """Adds a LoRA (or LoCon, LoHa, LoKr, DoRA, full difference) to the weights of UNet and text encoder, for good.
+
+    Args:
+        models: as `preload_models_from_standard_weights` returns them, not packed.
+        path: a `.safetensors`, `.pt` or `.bin` file of any trainer for SD 1.x, or a folder of diffusers or PEFT.
+        scale: the strength; 1 is what was trained, 0 nothing, less than 0 leads away from it.
+        unet_scale, text_scale: the strength in one network, where the two are not to have the same.
+
+    Returns:
+        The embeddings that the file brings along, {name: (n, d_embed)}, for `encode_weighted(embeddings=…)`; mostly {}.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is of another kind or for another model, or broken; the weights are as they were.
+        ValueError: the models are packed, or a scale is no number.
+    """
+    changes, embeddings = read_changes(models, path, scale, unet_scale, text_scale)
+    apply(changes)
+    return embeddings
+
+
+@contextmanager
+def lora(models: dict, path, scale: float = 1.0, unet_scale: float | None = None, text_scale: float | None = None):
+    """As `add_lora`, for a `with` block, which is given the embeddings. After it the weights are bit for bit what they
+    were: copies of those that change are kept meanwhile. For several, put one block into the other."""
+    changes, embeddings = read_changes(models, path, scale, unet_scale, text_scale)
+    originals = [(layer, kind, rows(layer, kind).clone()) for layer, kind, _ in changes]
+    try:
+        apply(changes)
+        yield embeddings
+    finally:
+        for layer, kind, original in originals:
+            rows(layer, kind).copy_(original)
+
+
+def apply(changes):
+    for layer, kind, change in changes:
+        weight = rows(layer, kind)
+        weight.copy_(change(weight.float()))
+
+
+def rows(layer, kind):
+    """Returns the "weight" or "bias" of a layer as it is now: a network may have moved to another device."""
+    return getattr(layer.module, kind).detach().chunk(layer.n_parts)[layer.part]
+
+
+# ---- names: which layer a file's key means
+
+# What each dialect's keys become, by regular expressions in turn: a layer's path, a dot, the tensor's name at kohya's.
+RULES = [
+    (r"^(lora|lycoris)_(unet_|te1?_)?", ""),  # kohya, OneTrainer; LyCORIS
+    (r"^(unet|text_encoder)\.", ""),  # diffusers
+    (r"^diffusion_model\.|^text_encoders\.(clip_l\.transformer\.)?", ""),  # ComfyUI
+    (r"^base_model\.model\.", ""),  # PEFT
+    (r"\.processor\.", "."),  # diffusers when LoRAs were attention processors
+    (r"self_attn\.to_(q|k|v|out)_lora\.", r"self_attn.\1_proj.lora."),
+    (r"\.to_(q|k|v)_lora\.", r".to_\1.lora."),
+    (r"\.to_out_lora\.", ".to_out.0.lora."),
+    (r"\.lora(_linear_layer)?\.(down|up)\.", r".lora_\2."),  # diffusers a little later
+    (r"\.lora_A(\.[^.]+)?\.weight$", ".lora_down.weight"),  # PEFT, with or without the name of the adapter
+    (r"\.lora_B(\.[^.]+)?\.(weight|bias)$", r".lora_up.\2"),
+    (r"\.lora_magnitude_vector(\.[^.]+)*$", ".lora_magnitude_vector"),
+]
+TENSOR = re.compile(r"\.(lora_(down|up|mid)\.weight|lora_up\.bias|alpha|scale|dora_scale|lora_magnitude_vector|"
+                    r"hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)|diff|diff_b|w_norm|b_norm)$")
+ORIGINAL_LAYOUT = re.compile("(input_blocks|middle_block|output_blocks|time_embed|out)_[0-9]")
+
+
+def find_layers(models):
+    """Returns {path with underscores for dots: Layer}, with each layer under all the paths that public files give it.
+    A path is looked up, never made out of a key: its underscores do not tell which of them were dots."""
+    layers = {}
+    for network in {"diffusion", "clip"} & models.keys():
+        module = next((part for part in models[network].modules() if isinstance(part, NETWORKS[network])), None)
+        if module is None or any(hasattr(layer, "packed_weight") for layer in module.modules()):
+            raise ValueError(f"models[{network!r}] is packed or no {NETWORKS[network].__name__}, so no LoRA can be added; "
+                             f"load with pack=False, add the LoRA, then pack with cpu.packed.pack")
+        for name in module.state_dict():
+            if not name.endswith(".weight"):
+                continue
+            ours = module.get_submodule(name.removesuffix(".weight"))
+            for names in (standard_names(network, name), diffusers_names(network, name, module.config)):
+                for part, path in enumerate(names):
+                    path = path.removeprefix(PREFIXES[network]).removesuffix(".weight").replace(".", "_")
+                    layers[path] = Layer(network, ours, part, len(names))
+    return layers
+
+
+# ---- files
+
+
+FILES = ["pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin"]
+
+# What is not read, by marks in keys and, for other models than SD 1.x, in kohya's metadata.
+OTHER_KINDS = {
+    "an IA3 file": r"\.on_input$|\.ia3_l",
+    "a GLoRA file": r"\.[ab][12]\.weight$",
+    "an OFT or BOFT file": r"(^|\.)b?oft_",
+    "a T-LoRA file": r"\.lambda_layer$",
+    "a LyCORIS file with sparse biases": r"\.bias_(indices|values|size)$",
+    "a file of cloneofsimo's lora, which counts layers and does not name them,": r"^(unet|text_encoder):\d+:",
+}
+OTHER_MODELS = {
+    "Flux": (r"(double|single)_blocks|single_transformer_blocks", "flux"),
+    "SD 3": (r"joint_blocks|^transformer\.transformer_blocks|^lora_te3_", "sd3|stable-diffusion-3"),
+    "AnimateDiff": (r"motion_modules", "animatediff"),
+    "SDXL": (r"^lora_te2_|^text_encoder_2\.|^bundle_emb\..*\.clip_g$|add_embedding|label_emb|"
+             r"(attentions[._]\d|(put_blocks[._]\d+|middle_block)[._]1)[._]transformer_blocks[._][1-9]",
+             "sdxl|stable-diffusion-xl"),
+    "SD 2": (r"encoder[._]layers[._](1[2-9]|2\d)[._]", "sd_v2|stable-diffusion-v2"),
+}
+
+
+def read_lora(path):
+    """Returns [(key, tensor, what PEFT's configuration says of its network, or {})] of a file, or of a folder's."""
+    path = Path(path)
+    folders = [path, path / "unet", path / "text_encoder"] if path.is_dir() else []
+    files = [next((folder / name for name in FILES if (folder / name).is_file()), None) for folder in folders]
+    files = [file for file in files if file] if folders else [path]
+    if not files:
+        raise FileNotFoundError(f"{path}: no LoRA in this folder; expected one of {', '.join(FILES)}")
+    entries = []
+    for file in files:
+        try:
+            weights, metadata = read_checkpoint(file)
+        except CheckpointError as error:
+            cloneofsimo = "; cloneofsimo's LoRAs are such lists, and not supported" if "pickled list" in str(error) else ""
+            raise CheckpointError(f"{error}{cloneofsimo}") from None
+        weights = {str(key): tensor for key, tensor in weights.items()}
+        refuse_others(file, weights, metadata)
+        configs = read_configs(file, metadata)
+        for key, tensor in weights.items():
+            check_tensor(file, key, tensor)
+            entries.append((key, tensor, next((configs[start] for start in configs if key.startswith(start)), {})))
+    return entries
+
+
+def refuse_others(file, weights, metadata):
+    for what, mark in OTHER_KINDS.items():
+        key = next(filter(re.compile(mark).search, weights), None)
+        if key:
+            raise CheckpointError(f"{file}: found {what} by its key {key!r}; expected LoRA, LoCon, LoHa, LoKr, DoRA, or "
+                                  f"differences of whole weights and norms")
+    claims = [metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", ""),
+              "sd_v2" if metadata.get("ss_v2") == "True" else ""]
+    for model, (mark, claim) in OTHER_MODELS.items():
+        by = next(filter(re.compile(mark).search, weights), None)
+        by = by or next(filter(re.compile(claim, re.IGNORECASE).search, claims), None)
+        if by:
+            raise CheckpointError(f"{file}: found a file for {model}, by {by!r}; expected one for SD 1.x")
+
+
+def check_tensor(file, key, tensor):
+    if not isinstance(tensor, torch.Tensor):
+        raise CheckpointError(f"{file}: {key!r} is a {type(tensor).__name__}; expected a tensor")
+    if not 0 < tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes():  # strides fake any size
+        raise CheckpointError(f"{file}: {key!r} has shape {tuple(tensor.shape)}, of which the file holds but a part; "
+                              f"expected all of it")
+    if not tensor.float().isfinite().all():
+        raise CheckpointError(f"{file}: {key!r} holds NaN or infinite values; expected finite ones")
+
+
+def read_configs(file, metadata):
+    """Returns what PEFT knew besides the weights, {start of the keys it is about: dict}."""
+    try:
+        packed = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        configs = {start: {name.removeprefix(start): value for name, value in packed.items() if name.startswith(start)}
+                   for start in ("unet.", "text_encoder.")}
+        beside = file.with_name("adapter_config.json")
+        if file.stem == "adapter_model" and beside.is_file():
+            configs[""] = dict(json.loads(beside.read_text(encoding="utf-8")))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: its PEFT configuration cannot be read ({error}); expected JSON") from None
+    for config in configs.values():
+        kind = str(config.get("peft_type", "LORA"))
+        if kind.upper() not in ("LORA", "LOHA", "LOKR"):
+            raise CheckpointError(f"{file}: found PEFT's {kind}; expected LORA, LOHA or LOKR")
+        if re.match("pissa|olora|corda|loftq", str(config.get("init_lora_weights"))):
+            raise CheckpointError(f"{file}: found init_lora_weights={config['init_lora_weights']!r}, which changed the "
+                                  f"model itself; expected a file that PEFT has converted to a plain LoRA")
+    return configs
+
+
+# ---- from keys to changes
+
+
+def read_changes(models, path, scale, unet_scale, text_scale):
+    """Returns ([(Layer, "weight" or "bias", function from its values to the changed ones)], embeddings)."""
+    scales = {"diffusion": scale if unet_scale is None else unet_scale, "clip": scale if text_scale is None else text_scale}
+    for number in scales.values():
+        if not isinstance(number, (int, float)) or not math.isfinite(number):
+            raise ValueError(f"the scale of a LoRA is {number!r}; give a number such as 0.8")
+    layers, entries = find_layers(models), read_lora(path)
+
+    found, unknown, embeddings = {}, [], {}
+    for key, tensor, config in entries:
+        bundled = re.fullmatch(r"bundle_emb\.([^.]+)\.(string_to_param\.)?[^.]+", key)
+        if bundled and "clip" in models and tensor.shape[-1:] == (models["clip"].config.d_embed,):
+            embeddings[bundled[1]] = torch.atleast_2d(tensor)
+            continue
+        name = substitute(RULES, key)
+        kind = TENSOR.search(name)
+        dotted = name[: kind.start()] if kind else name
+        spelling = dotted.replace(".", "_")
+        if kind is None or spelling not in layers or kind[1] in found.get(spelling, ({},))[0]:
+            unknown.append(key)
+        else:
+            found.setdefault(spelling, ({}, dotted, config))[0][kind[1]] = tensor
+    if unknown or not entries:
+        raise CheckpointError(f"{path}: {len(unknown)} of {len(entries)} keys fit no layer of this model: "
+                              f"{', '.join(map(repr, unknown[:3]))}; expected a LoRA for SD 1.x")
+
+    changes, misfits = {}, []
+    for spelling in sorted(found, key=lambda spelling: bool(ORIGINAL_LAYOUT.match(spelling))):
+        layer, (tensors, dotted, config) = layers[spelling], found[spelling]
+        for kind, change in layer_changes(tensors, partial(get_factor, config, dotted), scales[layer.network]):
+            if (layer, kind) in changes:  # the file has this layer in both layouts
+                continue
+            changes[layer, kind] = change
+            if not fits(layer, kind, change):
+                misfits.append((spelling, kind, layer, tensors))
+    if misfits:
+        raise CheckpointError(f"{path}: {len(misfits)} changes of {len(changes)} do not fit this model: "
+                              f"{describe(misfits)}; expected a LoRA for SD 1.x")
+    return [(layer, kind, change) for (layer, kind), change in changes.items() if scales[layer.network]], embeddings
+
+
+def fits(layer, kind, change):
+    """Tries a change on a tensor without values."""
+    if getattr(layer.module, kind) is None:
+        return False
+    shape = rows(layer, kind).shape
+    try:
+        return change(torch.empty(shape, device="meta")).shape == shape
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, re.error):
+        return False
+
+
+def describe(misfits):
+    texts, model = [], ""
+    for spelling, kind, layer, tensors in misfits:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        model = model or next((f" (it is for {model})" for width, model in ((1024, "SD 2"), (2048, "SDXL"))
+                               if re.search("attn2_to_[kv]|encoder_layers", spelling) and f" {width}" in shapes), "")
+        expected = tuple(rows(layer, kind).shape) if getattr(layer.module, kind) is not None else "none"
+        texts.append(f"{spelling!r} has {shapes}, the model's {kind} is {expected}")
+    return "; ".join(texts[:3]) + model
+
+
+def layer_changes(tensors, get_factor, scale):
+    """Yields ("weight" or "bias", function from its values in float32 to the changed ones) for a layer's tensors."""
+    numbers = {name: tensors[name].item() for name in ("alpha", "scale") if name in tensors}
+    biases = {name: tensor for name, tensor in tensors.items() if name in ("diff_b", "b_norm", "lora_up.bias")}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in numbers and name not in biases}
+    if tensors or not biases:
+        yield "weight", partial(change_weight, tensors, partial(get_factor, numbers), scale)
+    for name, bias in biases.items():
+        factor = get_factor(numbers, len(tensors["lora_down.weight"])) if name == "lora_up.bias" else 1.0
+        yield "bias", lambda old: old + scale * factor * bias.to(old.device, torch.float32)
+
+
+def get_factor(config, name, numbers, rank):
+    """Returns what a change is multiplied by besides the user's scale: alpha / rank.
+
+    Args:
+        config: PEFT's, or {}; it counts where the layer itself has no `alpha` (or `scale`, which overrides it).
+        name: the layer's path, for the patterns in there.
+        numbers: those of `alpha` and `scale` that the layer has.
+        rank: None for changes that are whole.
+    """
+    if "scale" in numbers:
+        return numbers["scale"]
+    if "alpha" in numbers:
+        return numbers["alpha"] / rank if rank else 1.0
+    alpha = by_pattern(config, "alpha_pattern", name, config.get("lora_alpha", config.get("alpha")))
+    rank = rank or by_pattern(config, "rank_pattern", name, config.get("r"))
+    if alpha is None or rank is None:
+        return 1.0
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def by_pattern(config, patterns, name, default):
+    """PEFT's rule: the first pattern that is the name or its end, or a regular expression for it."""
+    return next((value for pattern, value in (config.get(patterns) or {}).items()
+                 if re.match(rf"(.*\.)?({pattern})$", name)), default)
+
+
+def change_weight(tensors, get_factor, scale, weight):
+    """weight float32 (out, ...) -> the same shape, changed; raises what PyTorch raises where the tensors do not fit"""
+    tensors = {name: tensor.to(weight.device, torch.float32) for name, tensor in tensors.items()}
+    lycoris_norms, peft_norms = tensors.pop("dora_scale", None), tensors.pop("lora_magnitude_vector", None)
+    delta, rank = next(kind for mark, kind in KINDS.items() if any(name.startswith(mark) for name in tensors))(tensors)
+    if tensors:
+        raise ValueError("tensors of several kinds")
+    delta = get_factor(rank) * to_shape(delta, weight.shape)
+    if peft_norms is not None:
+        return set_norms(weight + scale * delta, peft_norms.reshape(len(weight), 1))
+    if lycoris_norms is not None:
+        return weight + scale * (set_norms(weight + delta, lycoris_norms) - weight)
+    return weight + scale * delta
+
+
+def to_shape(delta, shape):
+    """A linear layer and a 1x1 convolution are the same in two shapes, and some kinds know no kernels: (out, in * k * k).
+    The 9 channels of an inpainting model's first convolution begin with the 4 that others have."""
+    if shape[1:] == (9, 3, 3) and delta[0].numel() == 4 * 3 * 3:
+        delta = F.pad(delta.reshape(-1, 4, 3, 3), (0, 0, 0, 0, 0, 5))
+    if strip_ones(delta.shape) not in (strip_ones(shape), (shape[0], math.prod(shape[1:]))):
+        raise ValueError("another shape")
+    return delta.reshape(shape)
+
+
+def set_norms(weight, norms):
+    """DoRA (arXiv 2402.09353, eq. 5): gives the rows of a weight these norms (out, 1, ...), or what looks at one input
+    channel (1, in, ...), as LyCORIS had it before 3.1.1."""
+    norms = norms.reshape(*norms.shape[:2], *[1] * (weight.ndim - 2))
+    if norms.shape[:2] not in ((weight.shape[0], 1), (1, weight.shape[1])):
+        raise ValueError("another shape")
+    dims = [dim for dim, size in enumerate(norms.shape) if size == 1]
+    return norms * weight / weight.norm(dim=dims, keepdim=True)
+
+
+# ---- the kinds: a layer's tensors, which are taken out, -> (its change, the rank or None)
+
+
+def lora_delta(tensors):
+    """LoRA, and LoCon for convolutions (LyCORIS, arXiv 2309.14859, section 3): down (r, in, k, k), up (out, r, 1, 1), or
+    with a kernel (r, r, k, k) between the two."""
+    down, up, mid = tensors.pop("lora_down.weight"), tensors.pop("lora_up.weight"), tensors.pop("lora_mid.weight", None)
+    if mid is not None:
+        return tucker(mid, up.flatten(1).T, down.flatten(1)), len(down)
+    return (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:]), len(down)
+
+
+def loha_delta(tensors):
+    """LoHa (arXiv 2108.06098, proposition 1): the elementwise product of two matrices of low rank."""
+    w1, rank = factor(tensors, "hada_w1", "hada_t1")
+    w2, _ = factor(tensors, "hada_w2", "hada_t2")
+    return w1 * w2, rank
+
+
+def lokr_delta(tensors):
+    """LoKr (arXiv 2309.14859, section 3): the Kronecker product of two matrices, either whole or of low rank."""
+    w1, rank_1 = factor(tensors, "lokr_w1", None)
+    w2, rank_2 = factor(tensors, "lokr_w2", "lokr_t2")
+    return torch.kron(w1, w2.flatten(1)), rank_2 or rank_1
+
+
+def full_delta(tensors):
+    """The change itself, of a weight or of a norm's."""
+    return tensors.popitem()[1], None
+
+
+KINDS = {"lora_": lora_delta, "hada_": loha_delta, "lokr_": lokr_delta, "diff": full_delta, "w_norm": full_delta}
+
+
+def factor(tensors, name, core):
+    """Returns (a matrix that is whole, or a product, or a kernel of low rank; the rank or None)."""
+    if name in tensors:
+        return tensors.pop(name), None
+    a, b = tensors.pop(f"{name}_a"), tensors.pop(f"{name}_b")
+    return (tucker(tensors.pop(core), a, b) if core in tensors else a @ b), len(b)
+
+
+def tucker(core, a, b):
+    """core (r, r, k, k), a (r, out), b (r, in) -> (out, in, k, k)"""
+    return torch.einsum("ijhw,io,jc->ochw", core, a, b)
+
+
+# ---- what the command line needs
+
+
+def find_lora(name: str, folder="data/loras") -> Path:
+    """Returns the path that a LoRA's name means: a file or folder, or, for a name without a path, the one in `folder`
+    (or below) that is called so, or was by who trained it (`ss_output_name`). Raises FileNotFoundError."""
+    path, folder = Path(name), Path(__file__).resolve().parent.parent / folder
+    if path.is_file() or path.name != name:
+        return path
+    files = sorted(file for file in folder.rglob("*") if file.suffix in (".safetensors", ".pt", ".ckpt", ".bin"))
+    for file in [*files, *(file.parent for file in files)]:
+        if name in (file.name, file.stem) and file != folder:
+            return file
+    for file in files:
+        if file.suffix == ".safetensors" and read_checkpoint(file)[1].get("ss_output_name") == name:
+            return file
+    here = ", ".join(file.stem for file in files[:10]) or "none"
+    raise FileNotFoundError(f"{name}: no LoRA of this name in {folder}; there are: {here}")
+
+
+def parse_tags(prompt: str) -> tuple[str, list[tuple[str, float, float]]]:
+    """Takes the web UIs' tags `<lora:NAME:SCALE>` out of a prompt.
+
+    Args:
+        prompt: `<lora:NAME>` is strength 1, `<lora:NAME:TEXT_SCALE:UNET_SCALE>` one for each network, and either can be
+            named: `<lora:NAME:te=0.5:unet=1>` (AUTOMATIC1111, extra_networks_lora.py).
+
+    Returns:
+        (the prompt without tags, [(name, scale in the UNet, scale in the text encoder)])
+
+    Raises:
+        ValueError: for tags of other kinds and for what is no number.
+    """
+    tags = re.findall(r"<(\w+):([^>]+)>", prompt)
+    return re.sub(r"<\w+:[^>]+>", "", prompt), [parse_tag(*tag) for tag in tags]
+
+
+def parse_tag(kind, arguments):
+    name, *scales = arguments.split(":")
+    named = dict(scale.split("=", 1) for scale in scales if "=" in scale)
+    plain = [scale for scale in scales if "=" not in scale]
+    try:
+        text = float(named.pop("te", plain[0] if plain else 1))
+        unet = float(named.pop("unet", plain[1] if plain[1:] else text))
+    except ValueError:
+        named["no"] = "number"
+    if kind not in ("lora", "lyco") or named or plain[2:]:
+        raise ValueError(f"the prompt has <{kind}:{arguments}>; expected <lora:NAME:SCALE>, or with one scale for the text "
+                         f"encoder and one for the UNet <lora:NAME:TEXT:UNET>")
+    return name, unet, text
