@@ -15,6 +15,7 @@ import re
 from collections import namedtuple
 from contextlib import contextmanager
 from functools import partial
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -88,17 +89,23 @@ RULES = [
     (r"\.to_out_lora\.", ".to_out.0.lora."),
     (r"\.lora(_linear_layer)?\.(down|up)\.", r".lora_\2."),  # diffusers a little later
     (r"\.lora_A(\.[^.]+)?\.weight$", ".lora_down.weight"),  # PEFT, with or without the name of the adapter
-    (r"\.lora_B(\.[^.]+)?\.(weight|bias)$", r".lora_up.\2"),
+    (r"\.lora_B(\.[^.]+)?\.weight$", ".lora_up.weight"),
     (r"\.lora_magnitude_vector(\.[^.]+)*$", ".lora_magnitude_vector"),
 ]
-TENSOR = re.compile(r"\.(lora_(down|up|mid)\.weight|lora_up\.bias|alpha|scale|dora_scale|lora_magnitude_vector|"
-                    r"hada_(w[12]_[ab]|t[12])|lokr_(w[12](_[ab])?|t2)|diff|diff_b|w_norm|b_norm)$")
+TENSOR = re.compile(r"(.+)\.(lora_(?:down|up|mid)\.weight|alpha|scale|dora_scale|lora_magnitude_vector|"
+                    r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|diff|diff_b|w_norm|b_norm)")
 ORIGINAL_LAYOUT = re.compile("(input_blocks|middle_block|output_blocks|time_embed|out)_[0-9]")
 
 
+def split_key(key):
+    """Returns (the layer's path without the dialect's prefix, the tensor's name), or (None, None)."""
+    match = TENSOR.fullmatch(substitute(RULES, key))
+    return match.groups() if match else (None, None)
+
+
 def find_layers(models):
-    """Returns {path with underscores for dots: Layer}, with each layer under all the paths that public files give it.
-    A path is looked up, never made out of a key: its underscores do not tell which of them were dots."""
+    """Returns {path with underscores for dots: Layer}, with each layer under all the paths that files give it. A path
+    is looked up here, and not made out of a key, whose underscores do not tell which of them were dots."""
     layers = {}
     for network in {"diffusion", "clip"} & models.keys():
         module = next((part for part in models[network].modules() if isinstance(part, NETWORKS[network])), None)
@@ -118,96 +125,86 @@ def find_layers(models):
 
 # ---- files
 
-
 FILES = ["pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin"]
 
-# What is not read, by marks in keys and, for other models than SD 1.x, in kohya's metadata.
-OTHER_KINDS = {
-    "an IA3 file": r"\.on_input$|\.ia3_l",
-    "a GLoRA file": r"\.[ab][12]\.weight$",
-    "an OFT or BOFT file": r"(^|\.)b?oft_",
-    "a T-LoRA file": r"\.lambda_layer$",
-    "a LyCORIS file with sparse biases": r"\.bias_(indices|values|size)$",
-    "a file of cloneofsimo's lora, which counts layers and does not name them,": r"^(unet|text_encoder):\d+:",
-}
-OTHER_MODELS = {
+# What is not read: a mark in its keys, a mark in what kohya's metadata says of the model.
+OTHERS = {
+    "IA3": (r"\.on_input$|\.ia3_l", None),
+    "GLoRA": (r"\.[ab][12]\.weight$", None),
+    "OFT or BOFT": (r"(^|\.)b?oft_", None),
+    "T-LoRA": (r"\.lambda_layer$", None),
+    "LyCORIS's sparse biases": (r"\.bias_(indices|values|size)$", None),
+    "cloneofsimo's lora, whose layers have numbers instead of names": (r"^(unet|text_encoder):\d+:", None),
     "Flux": (r"(double|single)_blocks|single_transformer_blocks", "flux"),
     "SD 3": (r"joint_blocks|^transformer\.transformer_blocks|^lora_te3_", "sd3|stable-diffusion-3"),
     "AnimateDiff": (r"motion_modules", "animatediff"),
-    "SDXL": (r"^lora_te2_|^text_encoder_2\.|^bundle_emb\..*\.clip_g$|add_embedding|label_emb|"
-             r"(attentions[._]\d|(put_blocks[._]\d+|middle_block)[._]1)[._]transformer_blocks[._][1-9]",
+    "SDXL": (r"^lora_te2_|^text_encoder_2\.|\.clip_g$|"
+             r"(attentions[._]\d+|(put_blocks[._]\d+|middle_block)[._]1)[._]transformer_blocks[._][1-9]",
              "sdxl|stable-diffusion-xl"),
     "SD 2": (r"encoder[._]layers[._](1[2-9]|2\d)[._]", "sd_v2|stable-diffusion-v2"),
 }
 
 
 def read_lora(path):
-    """Returns [(key, tensor, what PEFT's configuration says of its network, or {})] of a file, or of a folder's."""
+    """Returns [(key, tensor, what PEFT's configuration says of its network, or {})] of a file or folder."""
     path = Path(path)
     folders = [path, path / "unet", path / "text_encoder"] if path.is_dir() else []
-    files = [next((folder / name for name in FILES if (folder / name).is_file()), None) for folder in folders]
-    files = [file for file in files if file] if folders else [path]
-    if not files:
+    files = [next((folder / name for name in FILES if (folder / name).is_file()), None) for folder in folders] or [path]
+    if not any(files):
         raise FileNotFoundError(f"{path}: no LoRA in this folder; expected one of {', '.join(FILES)}")
     entries = []
-    for file in files:
+    for file in filter(None, files):
         try:
             weights, metadata = read_checkpoint(file)
         except CheckpointError as error:
-            cloneofsimo = "; cloneofsimo's LoRAs are such lists, and not supported" if "pickled list" in str(error) else ""
-            raise CheckpointError(f"{error}{cloneofsimo}") from None
-        weights = {str(key): tensor for key, tensor in weights.items()}
-        refuse_others(file, weights, metadata)
+            is_list = "pickled list" in str(error)
+            raise CheckpointError(f"{error}{', not the list of cloneofsimo' * is_list}") from None
+        refuse_others(file, list(map(str, weights)), metadata)
         configs = read_configs(file, metadata)
         for key, tensor in weights.items():
-            check_tensor(file, key, tensor)
-            entries.append((key, tensor, next((configs[start] for start in configs if key.startswith(start)), {})))
+            check_tensor(f"{file}: {key!r}", tensor)
+            config = next((config for start, config in configs.items() if str(key).startswith(start)), {})
+            entries.append((str(key), tensor, config))
+    if not entries:
+        raise CheckpointError(f"{path}: found no weights; expected a LoRA for SD 1.x")
     return entries
 
 
-def refuse_others(file, weights, metadata):
-    for what, mark in OTHER_KINDS.items():
-        key = next(filter(re.compile(mark).search, weights), None)
-        if key:
-            raise CheckpointError(f"{file}: found {what} by its key {key!r}; expected LoRA, LoCon, LoHa, LoKr, DoRA, or "
-                                  f"differences of whole weights and norms")
+def refuse_others(file, keys, metadata):
     claims = [metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", ""),
-              "sd_v2" if metadata.get("ss_v2") == "True" else ""]
-    for model, (mark, claim) in OTHER_MODELS.items():
-        by = next(filter(re.compile(mark).search, weights), None)
-        by = by or next(filter(re.compile(claim, re.IGNORECASE).search, claims), None)
-        if by:
-            raise CheckpointError(f"{file}: found a file for {model}, by {by!r}; expected one for SD 1.x")
+              "sd_v2 (ss_v2)" if metadata.get("ss_v2") == "True" else ""]
+    for what, (mark, claim) in OTHERS.items():
+        found = [key for key in keys if re.search(mark, key)] + [said for said in claims if claim and re.match(claim, said)]
+        if found:
+            raise CheckpointError(f"{file}: found a file of {what}, by {found[0]!r}; expected LoRA, LoCon, LoHa, LoKr, "
+                                  f"DoRA or full differences for SD 1.x")
 
 
-def check_tensor(file, key, tensor):
+def check_tensor(name, tensor):
     if not isinstance(tensor, torch.Tensor):
-        raise CheckpointError(f"{file}: {key!r} is a {type(tensor).__name__}; expected a tensor")
+        raise CheckpointError(f"{name} is a {type(tensor).__name__}; expected a tensor")
     if not 0 < tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes():  # strides fake any size
-        raise CheckpointError(f"{file}: {key!r} has shape {tuple(tensor.shape)}, of which the file holds but a part; "
-                              f"expected all of it")
+        raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, of which the file holds but a part; expected all")
     if not tensor.float().isfinite().all():
-        raise CheckpointError(f"{file}: {key!r} holds NaN or infinite values; expected finite ones")
+        raise CheckpointError(f"{name} holds NaN or infinite values; expected finite ones")
 
 
 def read_configs(file, metadata):
-    """Returns what PEFT knew besides the weights, {start of the keys it is about: dict}."""
+    """Returns what PEFT knew besides the weights, {start of the keys that it is about: dict}."""
     try:
-        packed = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        configs = {start: {name.removeprefix(start): value for name, value in packed.items() if name.startswith(start)}
+        known = json.loads(metadata.get("lora_adapter_metadata", "{}")).items()
+        configs = {start: {name.removeprefix(start): value for name, value in known if name.startswith(start)}
                    for start in ("unet.", "text_encoder.")}
-        beside = file.with_name("adapter_config.json")
-        if file.stem == "adapter_model" and beside.is_file():
-            configs[""] = dict(json.loads(beside.read_text(encoding="utf-8")))
+        if file.stem == "adapter_model" and file.with_name("adapter_config.json").is_file():
+            configs[""] = dict(json.loads(file.with_name("adapter_config.json").read_text(encoding="utf-8")))
     except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: its PEFT configuration cannot be read ({error}); expected JSON") from None
     for config in configs.values():
-        kind = str(config.get("peft_type", "LORA"))
-        if kind.upper() not in ("LORA", "LOHA", "LOKR"):
-            raise CheckpointError(f"{file}: found PEFT's {kind}; expected LORA, LOHA or LOKR")
+        if config.get("peft_type", "LORA") not in ("LORA", "LOHA", "LOKR"):
+            raise CheckpointError(f"{file}: found PEFT's {config['peft_type']}; expected LORA, LOHA or LOKR")
         if re.match("pissa|olora|corda|loftq", str(config.get("init_lora_weights"))):
-            raise CheckpointError(f"{file}: found init_lora_weights={config['init_lora_weights']!r}, which changed the "
-                                  f"model itself; expected a file that PEFT has converted to a plain LoRA")
+            raise CheckpointError(f"{file}: found init_lora_weights={config['init_lora_weights']!r}, for which the model "
+                                  f"itself was changed; expected a plain LoRA, into which PEFT can convert it")
     return configs
 
 
@@ -218,134 +215,107 @@ def read_changes(models, path, scale, unet_scale, text_scale):
     """Returns ([(Layer, "weight" or "bias", function from its values to the changed ones)], embeddings)."""
     scales = {"diffusion": scale if unet_scale is None else unet_scale, "clip": scale if text_scale is None else text_scale}
     for number in scales.values():
-        if not isinstance(number, (int, float)) or not math.isfinite(number):
+        if not isinstance(number, Real) or not math.isfinite(number):
             raise ValueError(f"the scale of a LoRA is {number!r}; give a number such as 0.8")
     layers, entries = find_layers(models), read_lora(path)
-
-    found, unknown, embeddings = {}, [], {}
+    embeddings, found, unknown = {}, {}, []
     for key, tensor, config in entries:
         bundled = re.fullmatch(r"bundle_emb\.([^.]+)\.(string_to_param\.)?[^.]+", key)
         if bundled and "clip" in models and tensor.shape[-1:] == (models["clip"].config.d_embed,):
             embeddings[bundled[1]] = torch.atleast_2d(tensor)
             continue
-        name = substitute(RULES, key)
-        kind = TENSOR.search(name)
-        dotted = name[: kind.start()] if kind else name
-        spelling = dotted.replace(".", "_")
-        if kind is None or spelling not in layers or kind[1] in found.get(spelling, ({},))[0]:
+        dotted, name = split_key(key)
+        spelling = (dotted or "").replace(".", "_")
+        place = spelling, "bias" if name in ("diff_b", "b_norm") else "weight"
+        if spelling not in layers or name in found.get(place, [{}])[0]:
             unknown.append(key)
-        else:
-            found.setdefault(spelling, ({}, dotted, config))[0][kind[1]] = tensor
-    if unknown or not entries:
+            continue
+        found.setdefault(place, ({}, key, config))[0][name] = tensor
+    if unknown:
         raise CheckpointError(f"{path}: {len(unknown)} of {len(entries)} keys fit no layer of this model: "
                               f"{', '.join(map(repr, unknown[:3]))}; expected a LoRA for SD 1.x")
 
     changes, misfits = {}, []
-    for spelling in sorted(found, key=lambda spelling: bool(ORIGINAL_LAYOUT.match(spelling))):
-        layer, (tensors, dotted, config) = layers[spelling], found[spelling]
-        for kind, change in layer_changes(tensors, partial(get_factor, config, dotted), scales[layer.network]):
-            if (layer, kind) in changes:  # the file has this layer in both layouts
-                continue
-            changes[layer, kind] = change
-            if not fits(layer, kind, change):
-                misfits.append((spelling, kind, layer, tensors))
+    for spelling, kind in sorted(found, key=lambda place: bool(ORIGINAL_LAYOUT.match(place[0]))):
+        layer, (tensors, key, config) = layers[spelling], found[spelling, kind]
+        if (layer, kind) in changes:  # the file has this layer in both layouts
+            continue
+        changes[layer, kind] = partial(change_weight, tensors, split_key(key)[0], config, scales[layer.network])
+        expected = getattr(layer.module, kind) is not None and tuple(rows(layer, kind).shape)
+        if not expected or not fits(changes[layer, kind], expected):
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+            misfits.append(f"{key!r}, of a layer with {shapes}, where the model's {kind} has {expected or 'no'}")
     if misfits:
-        raise CheckpointError(f"{path}: {len(misfits)} changes of {len(changes)} do not fit this model: "
-                              f"{describe(misfits)}; expected a LoRA for SD 1.x")
+        others = [model for width, model in ((1024, "SD 2"), (2048, "SDXL"))
+                  if any(re.search(rf"attn2[._]to_[kv].*\b{width}\b", text) for text in misfits)]
+        raise CheckpointError(f"{path}: {len(misfits)} of {len(changes)} changes do not fit this model's layers: "
+                              f"{'; '.join(misfits[:3])}; expected a LoRA for SD 1.x{', not '.join(['', *others])}")
     return [(layer, kind, change) for (layer, kind), change in changes.items() if scales[layer.network]], embeddings
 
 
-def fits(layer, kind, change):
-    """Tries a change on a tensor without values."""
-    if getattr(layer.module, kind) is None:
-        return False
-    shape = rows(layer, kind).shape
+def fits(change, shape):
+    """Tries a change on a weight without values."""
     try:
         return change(torch.empty(shape, device="meta")).shape == shape
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, re.error):
         return False
 
 
-def describe(misfits):
-    texts, model = [], ""
-    for spelling, kind, layer, tensors in misfits:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        model = model or next((f" (it is for {model})" for width, model in ((1024, "SD 2"), (2048, "SDXL"))
-                               if re.search("attn2_to_[kv]|encoder_layers", spelling) and f" {width}" in shapes), "")
-        expected = tuple(rows(layer, kind).shape) if getattr(layer.module, kind) is not None else "none"
-        texts.append(f"{spelling!r} has {shapes}, the model's {kind} is {expected}")
-    return "; ".join(texts[:3]) + model
+def change_weight(tensors, name, config, scale, weight):
+    """weight float32 (out, ...) -> the same shape, changed; raises what PyTorch raises where the tensors do not fit"""
+    parts = {key: tensor.to(weight.device, torch.float32) for key, tensor in tensors.items() if key not in ("alpha", "scale")}
+    lycoris_norms, peft_norms = parts.pop("dora_scale", None), parts.pop("lora_magnitude_vector", None)
+    delta, rank = next(kind for mark, kind in KINDS.items() if any(key.startswith(mark) for key in parts))(parts)
+    if parts:
+        raise ValueError(f"tensors left over: {', '.join(parts)}")
+    delta = get_factor(tensors, name, config, rank) * to_shape(delta, weight.shape)
+    if lycoris_norms is not None:  # the web UIs' meaning of a scale
+        return weight + scale * (set_norms(weight + delta, lycoris_norms) - weight)
+    changed = weight + scale * delta
+    return changed if peft_norms is None else set_norms(changed, peft_norms.reshape(len(weight), 1))
 
 
-def layer_changes(tensors, get_factor, scale):
-    """Yields ("weight" or "bias", function from its values in float32 to the changed ones) for a layer's tensors."""
-    numbers = {name: tensors[name].item() for name in ("alpha", "scale") if name in tensors}
-    biases = {name: tensor for name, tensor in tensors.items() if name in ("diff_b", "b_norm", "lora_up.bias")}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in numbers and name not in biases}
-    if tensors or not biases:
-        yield "weight", partial(change_weight, tensors, partial(get_factor, numbers), scale)
-    for name, bias in biases.items():
-        factor = get_factor(numbers, len(tensors["lora_down.weight"])) if name == "lora_up.bias" else 1.0
-        yield "bias", lambda old: old + scale * factor * bias.to(old.device, torch.float32)
-
-
-def get_factor(config, name, numbers, rank):
-    """Returns what a change is multiplied by besides the user's scale: alpha / rank.
+def get_factor(tensors, name, config, rank):
+    """Returns what a change is multiplied by besides the user's scale, alpha / rank, or 1 where nothing tells.
 
     Args:
-        config: PEFT's, or {}; it counts where the layer itself has no `alpha` (or `scale`, which overrides it).
-        name: the layer's path, for the patterns in there.
-        numbers: those of `alpha` and `scale` that the layer has.
-        rank: None for changes that are whole.
+        tensors: of this layer; `alpha` goes before what config says, and `scale` (AUTOMATIC1111's) before both.
+        name: the layer's path, for the patterns in config.
+        config: PEFT's, or {}.
+        rank: None for what is whole: that has a factor with PEFT alone.
     """
-    if "scale" in numbers:
-        return numbers["scale"]
-    if "alpha" in numbers:
-        return numbers["alpha"] / rank if rank else 1.0
-    alpha = by_pattern(config, "alpha_pattern", name, config.get("lora_alpha", config.get("alpha")))
-    rank = rank or by_pattern(config, "rank_pattern", name, config.get("r"))
+    if "scale" in tensors:
+        return tensors["scale"].item()
+    if "alpha" in tensors:
+        return tensors["alpha"].item() / rank if rank else 1.0
+    alpha = by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", config.get("alpha")))
+    rank = rank or by_pattern(config.get("rank_pattern"), name, config.get("r"))
     if alpha is None or rank is None:
         return 1.0
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def by_pattern(config, patterns, name, default):
-    """PEFT's rule: the first pattern that is the name or its end, or a regular expression for it."""
-    return next((value for pattern, value in (config.get(patterns) or {}).items()
-                 if re.match(rf"(.*\.)?({pattern})$", name)), default)
-
-
-def change_weight(tensors, get_factor, scale, weight):
-    """weight float32 (out, ...) -> the same shape, changed; raises what PyTorch raises where the tensors do not fit"""
-    tensors = {name: tensor.to(weight.device, torch.float32) for name, tensor in tensors.items()}
-    lycoris_norms, peft_norms = tensors.pop("dora_scale", None), tensors.pop("lora_magnitude_vector", None)
-    delta, rank = next(kind for mark, kind in KINDS.items() if any(name.startswith(mark) for name in tensors))(tensors)
-    if tensors:
-        raise ValueError("tensors of several kinds")
-    delta = get_factor(rank) * to_shape(delta, weight.shape)
-    if peft_norms is not None:
-        return set_norms(weight + scale * delta, peft_norms.reshape(len(weight), 1))
-    if lycoris_norms is not None:
-        return weight + scale * (set_norms(weight + delta, lycoris_norms) - weight)
-    return weight + scale * delta
+def by_pattern(values, name, default):
+    """PEFT's rule: a pattern is a regular expression for a layer's path, or for the end of it after a dot."""
+    return next((value for pattern, value in (values or {}).items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
 
 
 def to_shape(delta, shape):
     """A linear layer and a 1x1 convolution are the same in two shapes, and some kinds know no kernels: (out, in * k * k).
-    The 9 channels of an inpainting model's first convolution begin with the 4 that others have."""
+    Of the 9 channels that an inpainting model's first convolution takes, the first 4 are what others take."""
     if shape[1:] == (9, 3, 3) and delta[0].numel() == 4 * 3 * 3:
         delta = F.pad(delta.reshape(-1, 4, 3, 3), (0, 0, 0, 0, 0, 5))
     if strip_ones(delta.shape) not in (strip_ones(shape), (shape[0], math.prod(shape[1:]))):
-        raise ValueError("another shape")
+        raise ValueError(f"found {tuple(delta.shape)}, expected {tuple(shape)}")
     return delta.reshape(shape)
 
 
 def set_norms(weight, norms):
-    """DoRA (arXiv 2402.09353, eq. 5): gives the rows of a weight these norms (out, 1, ...), or what looks at one input
-    channel (1, in, ...), as LyCORIS had it before 3.1.1."""
+    """DoRA (arXiv 2402.09353, eq. 5): gives what makes each output these norms (out, 1, ...), or what looks at each
+    input, (1, in, ...), as LyCORIS had it before 3.1.1."""
     norms = norms.reshape(*norms.shape[:2], *[1] * (weight.ndim - 2))
     if norms.shape[:2] not in ((weight.shape[0], 1), (1, weight.shape[1])):
-        raise ValueError("another shape")
+        raise ValueError(f"found norms {tuple(norms.shape)}, expected one for each output or input")
     dims = [dim for dim, size in enumerate(norms.shape) if size == 1]
     return norms * weight / weight.norm(dim=dims, keepdim=True)
 
@@ -381,7 +351,8 @@ def full_delta(tensors):
     return tensors.popitem()[1], None
 
 
-KINDS = {"lora_": lora_delta, "hada_": loha_delta, "lokr_": lokr_delta, "diff": full_delta, "w_norm": full_delta}
+KINDS = {"lora_": lora_delta, "hada_": loha_delta, "lokr_": lokr_delta,
+         "diff": full_delta, "w_norm": full_delta, "b_norm": full_delta}
 
 
 def factor(tensors, name, core):
