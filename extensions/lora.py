@@ -14,7 +14,6 @@ import math
 import re
 from collections import namedtuple
 from contextlib import contextmanager
-from functools import partial
 from numbers import Real
 from pathlib import Path
 
@@ -110,8 +109,8 @@ def find_layers(models):
     for network in {"diffusion", "clip"} & models.keys():
         module = next((part for part in models[network].modules() if isinstance(part, NETWORKS[network])), None)
         if module is None or any(hasattr(layer, "packed_weight") for layer in module.modules()):
-            raise ValueError(f"models[{network!r}] is packed or no {NETWORKS[network].__name__}, so no LoRA can be added; "
-                             f"load with pack=False, add the LoRA, then pack with cpu.packed.pack")
+            raise ValueError(f"models[{network!r}] is packed or no {NETWORKS[network].__name__}: no LoRA can be added; load "
+                             f"with pack=False, add the LoRA, then pack with cpu.packed.pack")
         for name in module.state_dict():
             if not name.endswith(".weight"):
                 continue
@@ -119,13 +118,13 @@ def find_layers(models):
             for names in (standard_names(network, name), diffusers_names(network, name, module.config)):
                 for part, path in enumerate(names):
                     path = path.removeprefix(PREFIXES[network]).removesuffix(".weight").replace(".", "_")
-                    layers[path] = Layer(network, ours, part, len(names))
+                    layers[path] = layers[path.removeprefix("text_model_")] = Layer(network, ours, part, len(names))
     return layers
 
 
 # ---- files
 
-FILES = ["pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin", "adapter_model.safetensors", "adapter_model.bin"]
+FILES = [name + suffix for name in ("pytorch_lora_weights", "adapter_model") for suffix in (".safetensors", ".bin")]
 
 # What is not read: a mark in its keys, a mark in what kohya's metadata says of the model.
 OTHERS = {
@@ -174,7 +173,8 @@ def refuse_others(file, keys, metadata):
     claims = [metadata.get("ss_base_model_version", ""), metadata.get("modelspec.architecture", ""),
               "sd_v2 (ss_v2)" if metadata.get("ss_v2") == "True" else ""]
     for what, (mark, claim) in OTHERS.items():
-        found = [key for key in keys if re.search(mark, key)] + [said for said in claims if claim and re.match(claim, said)]
+        found = [key for key in keys if re.search(mark, key)]
+        found += [said for said in claims if claim and re.match(claim, said)]
         if found:
             raise CheckpointError(f"{file}: found a file of {what}, by {found[0]!r}; expected LoRA, LoCon, LoHa, LoKr, "
                                   f"DoRA or full differences for SD 1.x")
@@ -184,7 +184,7 @@ def check_tensor(name, tensor):
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"{name} is a {type(tensor).__name__}; expected a tensor")
     if not 0 < tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes():  # strides fake any size
-        raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, of which the file holds but a part; expected all")
+        raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, of which the file has but a part; expected all")
     if not tensor.float().isfinite().all():
         raise CheckpointError(f"{name} holds NaN or infinite values; expected finite ones")
 
@@ -203,8 +203,8 @@ def read_configs(file, metadata):
         if config.get("peft_type", "LORA") not in ("LORA", "LOHA", "LOKR"):
             raise CheckpointError(f"{file}: found PEFT's {config['peft_type']}; expected LORA, LOHA or LOKR")
         if re.match("pissa|olora|corda|loftq", str(config.get("init_lora_weights"))):
-            raise CheckpointError(f"{file}: found init_lora_weights={config['init_lora_weights']!r}, for which the model "
-                                  f"itself was changed; expected a plain LoRA, into which PEFT can convert it")
+            raise CheckpointError(f"{file}: found init_lora_weights={config['init_lora_weights']!r}, where the model was "
+                                  f"changed too; expected a plain LoRA, into which PEFT can convert it")
     return configs
 
 
@@ -213,11 +213,13 @@ def read_configs(file, metadata):
 
 def read_changes(models, path, scale, unet_scale, text_scale):
     """Returns ([(Layer, "weight" or "bias", function from its values to the changed ones)], embeddings)."""
-    scales = {"diffusion": scale if unet_scale is None else unet_scale, "clip": scale if text_scale is None else text_scale}
+    scales = {network: scale if own is None else own for network, own in
+              (("diffusion", unet_scale), ("clip", text_scale))}
     for number in scales.values():
         if not isinstance(number, Real) or not math.isfinite(number):
             raise ValueError(f"the scale of a LoRA is {number!r}; give a number such as 0.8")
     layers, entries = find_layers(models), read_lora(path)
+
     embeddings, found, unknown = {}, {}, []
     for key, tensor, config in entries:
         bundled = re.fullmatch(r"bundle_emb\.([^.]+)\.(string_to_param\.)?[^.]+", key)
@@ -229,8 +231,8 @@ def read_changes(models, path, scale, unet_scale, text_scale):
         place = spelling, "bias" if name in ("diff_b", "b_norm") else "weight"
         if spelling not in layers or name in found.get(place, [{}])[0]:
             unknown.append(key)
-            continue
-        found.setdefault(place, ({}, key, config))[0][name] = tensor
+        else:
+            found.setdefault(place, ({}, key, config))[0][name] = tensor
     if unknown:
         raise CheckpointError(f"{path}: {len(unknown)} of {len(entries)} keys fit no layer of this model: "
                               f"{', '.join(map(repr, unknown[:3]))}; expected a LoRA for SD 1.x")
@@ -240,11 +242,13 @@ def read_changes(models, path, scale, unet_scale, text_scale):
         layer, (tensors, key, config) = layers[spelling], found[spelling, kind]
         if (layer, kind) in changes:  # the file has this layer in both layouts
             continue
-        changes[layer, kind] = partial(change_weight, tensors, split_key(key)[0], config, scales[layer.network])
-        expected = getattr(layer.module, kind) is not None and tuple(rows(layer, kind).shape)
-        if not expected or not fits(changes[layer, kind], expected):
-            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-            misfits.append(f"{key!r}, of a layer with {shapes}, where the model's {kind} has {expected or 'no'}")
+        shape = () if getattr(layer.module, kind) is None else tuple(rows(layer, kind).shape)
+        try:
+            changes[layer, kind] = plan_change(tensors, split_key(key)[0], config, scales[layer.network], shape)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, re.error):
+            changes[layer, kind] = None
+            sizes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+            misfits.append(f"{key!r}, of a layer with {sizes}, where the model's {kind} has {shape or 'no values'}")
     if misfits:
         others = [model for width, model in ((1024, "SD 2"), (2048, "SDXL"))
                   if any(re.search(rf"attn2[._]to_[kv].*\b{width}\b", text) for text in misfits)]
@@ -253,33 +257,46 @@ def read_changes(models, path, scale, unet_scale, text_scale):
     return [(layer, kind, change) for (layer, kind), change in changes.items() if scales[layer.network]], embeddings
 
 
-def fits(change, shape):
-    """Tries a change on a weight without values."""
-    try:
-        return change(torch.empty(shape, device="meta")).shape == shape
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError, re.error):
-        return False
+def plan_change(tensors, name, config, scale, shape):
+    """Returns the function from a layer's values, float32 of this shape, to the changed ones. Raises ValueError, or
+    what PyTorch and Python raise, where the tensors do not fit."""
+    parts = {key: tensor for key, tensor in tensors.items() if key not in ("alpha", "scale")}
+    norms, peft_norms = parts.pop("dora_scale", None), parts.pop("lora_magnitude_vector", None)
+    kind = next((kind for mark, kind in KINDS.items() if any(key.startswith(mark) for key in parts)), None)
+    found, rank, make = kind(parts)
+    is_narrow = shape[1:] == (9, 3, 3) and math.prod(found[1:]) == 4 * 3 * 3  # into an inpainting model
+    # A linear layer and a 1x1 convolution are the same in two shapes, and some kinds know no kernels.
+    if parts or not is_narrow and strip_ones(found) not in (strip_ones(shape), (shape[0], math.prod(shape[1:]))):
+        raise ValueError(f"a change of shape {found}, and {len(parts)} tensors more, for {shape}")
+    if norms is not None:
+        norms = norms.reshape(*norms.shape[:2], *[1] * len(shape[2:]))
+        if norms.shape[:2] not in ((shape[0], 1), (1, shape[1])):
+            raise ValueError(f"norms of shape {tuple(norms.shape)} for {shape}")
+    if peft_norms is not None:
+        peft_norms = peft_norms.reshape(shape[0], 1, *[1] * len(shape[2:]))
+    factor = get_factor(tensors, name, config, rank)
 
+    def change(weight):
+        def to(tensor):
+            return tensor.to(weight.device, torch.float32)
 
-def change_weight(tensors, name, config, scale, weight):
-    """weight float32 (out, ...) -> the same shape, changed; raises what PyTorch raises where the tensors do not fit"""
-    parts = {key: tensor.to(weight.device, torch.float32) for key, tensor in tensors.items() if key not in ("alpha", "scale")}
-    lycoris_norms, peft_norms = parts.pop("dora_scale", None), parts.pop("lora_magnitude_vector", None)
-    delta, rank = next(kind for mark, kind in KINDS.items() if any(key.startswith(mark) for key in parts))(parts)
-    if parts:
-        raise ValueError(f"tensors left over: {', '.join(parts)}")
-    delta = get_factor(tensors, name, config, rank) * to_shape(delta, weight.shape)
-    if lycoris_norms is not None:  # the web UIs' meaning of a scale
-        return weight + scale * (set_norms(weight + delta, lycoris_norms) - weight)
-    changed = weight + scale * delta
-    return changed if peft_norms is None else set_norms(changed, peft_norms.reshape(len(weight), 1))
+        delta = make(to)
+        if is_narrow:
+            delta = F.pad(delta.reshape(-1, 4, 3, 3), (0, 0, 0, 0, 0, 5))
+        delta = delta.reshape(weight.shape)
+        if norms is not None:  # a scale as the web UIs mean it
+            return weight + scale * (set_norms(weight + factor * delta, to(norms)) - weight)
+        changed = torch.add(weight, delta, alpha=scale * factor)
+        return changed if peft_norms is None else set_norms(changed, to(peft_norms))
+
+    return change
 
 
 def get_factor(tensors, name, config, rank):
-    """Returns what a change is multiplied by besides the user's scale, alpha / rank, or 1 where nothing tells.
+    """Returns what a change is multiplied by besides the user's scale: alpha / rank, or 1 where nothing tells alpha.
 
     Args:
-        tensors: of this layer; `alpha` goes before what config says, and `scale` (AUTOMATIC1111's) before both.
+        tensors: of this layer; its `alpha` goes before what config says, and `scale` (AUTOMATIC1111's) before both.
         name: the layer's path, for the patterns in config.
         config: PEFT's, or {}.
         rank: None for what is whole: that has a factor with PEFT alone.
@@ -297,75 +314,78 @@ def get_factor(tensors, name, config, rank):
 
 def by_pattern(values, name, default):
     """PEFT's rule: a pattern is a regular expression for a layer's path, or for the end of it after a dot."""
-    return next((value for pattern, value in (values or {}).items() if re.match(rf"(.*\.)?({pattern})$", name)), default)
-
-
-def to_shape(delta, shape):
-    """A linear layer and a 1x1 convolution are the same in two shapes, and some kinds know no kernels: (out, in * k * k).
-    Of the 9 channels that an inpainting model's first convolution takes, the first 4 are what others take."""
-    if shape[1:] == (9, 3, 3) and delta[0].numel() == 4 * 3 * 3:
-        delta = F.pad(delta.reshape(-1, 4, 3, 3), (0, 0, 0, 0, 0, 5))
-    if strip_ones(delta.shape) not in (strip_ones(shape), (shape[0], math.prod(shape[1:]))):
-        raise ValueError(f"found {tuple(delta.shape)}, expected {tuple(shape)}")
-    return delta.reshape(shape)
+    found = (value for pattern, value in (values or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
+    return next(found, default)
 
 
 def set_norms(weight, norms):
-    """DoRA (arXiv 2402.09353, eq. 5): gives what makes each output these norms (out, 1, ...), or what looks at each
-    input, (1, in, ...), as LyCORIS had it before 3.1.1."""
-    norms = norms.reshape(*norms.shape[:2], *[1] * (weight.ndim - 2))
-    if norms.shape[:2] not in ((weight.shape[0], 1), (1, weight.shape[1])):
-        raise ValueError(f"found norms {tuple(norms.shape)}, expected one for each output or input")
+    """DoRA (arXiv 2402.09353, eq. 5): gives what makes an output these norms (out, 1, ...), or what looks at an input,
+    (1, in, ...), as LyCORIS had it before 3.1.1."""
     dims = [dim for dim, size in enumerate(norms.shape) if size == 1]
     return norms * weight / weight.norm(dim=dims, keepdim=True)
 
 
-# ---- the kinds: a layer's tensors, which are taken out, -> (its change, the rank or None)
+# ---- the kinds: a layer's tensors, which are taken out -> (shape of its change, rank or None, function that makes it)
+# The function is given another that moves a tensor to where it is needed. Ranks that disagree raise ValueError.
 
 
-def lora_delta(tensors):
-    """LoRA, and LoCon for convolutions (LyCORIS, arXiv 2309.14859, section 3): down (r, in, k, k), up (out, r, 1, 1), or
-    with a kernel (r, r, k, k) between the two."""
+def lora_kind(tensors):
+    """LoRA, and LoCon for convolutions (arXiv 2309.14859, section 3): down (r, in, k, k), up (out, r, 1, 1); or with a
+    kernel of its own between the two (Tucker)."""
     down, up, mid = tensors.pop("lora_down.weight"), tensors.pop("lora_up.weight"), tensors.pop("lora_mid.weight", None)
-    if mid is not None:
-        return tucker(mid, up.flatten(1).T, down.flatten(1)), len(down)
-    return (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:]), len(down)
+    shape, make = product(up, down) if mid is None else tucker(mid, up.flatten(1).T, down.flatten(1))
+    return shape, len(down), make
 
 
-def loha_delta(tensors):
+def loha_kind(tensors):
     """LoHa (arXiv 2108.06098, proposition 1): the elementwise product of two matrices of low rank."""
-    w1, rank = factor(tensors, "hada_w1", "hada_t1")
-    w2, _ = factor(tensors, "hada_w2", "hada_t2")
-    return w1 * w2, rank
+    shape, rank, w1 = matrix(tensors, "hada_w1", "hada_t1")
+    other_shape, _, w2 = matrix(tensors, "hada_w2", "hada_t2")
+    if shape != other_shape:
+        raise ValueError(f"factors of shapes {shape} and {other_shape}")
+    return shape, rank, lambda to: w1(to) * w2(to)
 
 
-def lokr_delta(tensors):
-    """LoKr (arXiv 2309.14859, section 3): the Kronecker product of two matrices, either whole or of low rank."""
-    w1, rank_1 = factor(tensors, "lokr_w1", None)
-    w2, rank_2 = factor(tensors, "lokr_w2", "lokr_t2")
-    return torch.kron(w1, w2.flatten(1)), rank_2 or rank_1
+def lokr_kind(tensors):
+    """LoKr (arXiv 2309.14859, section 3): the Kronecker product of two matrices, each whole or of low rank."""
+    (a, b), rank_1, w1 = matrix(tensors, "lokr_w1", None)
+    (c, d, *kernel), rank_2, w2 = matrix(tensors, "lokr_w2", "lokr_t2")
+    return (a * c, b * d, *kernel), rank_2 or rank_1, lambda to: torch.kron(w1(to), w2(to).flatten(1))
 
 
-def full_delta(tensors):
-    """The change itself, of a weight or of a norm's."""
-    return tensors.popitem()[1], None
+def full_kind(tensors):
+    """The change of a weight or bias itself."""
+    _, tensor = tensors.popitem()
+    return tuple(tensor.shape), None, lambda to: to(tensor)
 
 
-KINDS = {"lora_": lora_delta, "hada_": loha_delta, "lokr_": lokr_delta,
-         "diff": full_delta, "w_norm": full_delta, "b_norm": full_delta}
+KINDS = {"lora_": lora_kind, "hada_": loha_kind, "lokr_": lokr_kind,
+         "diff": full_kind, "w_norm": full_kind, "b_norm": full_kind}
 
 
-def factor(tensors, name, core):
-    """Returns (a matrix that is whole, or a product, or a kernel of low rank; the rank or None)."""
+def matrix(tensors, name, core):
+    """Returns (shape, rank or None, function that makes it) of a factor that is whole or itself of low rank."""
     if name in tensors:
-        return tensors.pop(name), None
+        whole = tensors.pop(name)
+        return tuple(whole.shape), None, lambda to: to(whole)
     a, b = tensors.pop(f"{name}_a"), tensors.pop(f"{name}_b")
-    return (tucker(tensors.pop(core), a, b) if core in tensors else a @ b), len(b)
+    shape, make = tucker(tensors.pop(core), a, b) if core in tensors else product(a, b)
+    return shape, len(b), make
+
+
+def product(a, b):
+    """a (out, r), b (r, in, ...) -> (out, in, ...), as a shape and a function that makes (out, in * ...)"""
+    if math.prod(a.shape[1:]) != len(b):
+        raise ValueError(f"ranks of {tuple(a.shape)} and {tuple(b.shape)}")
+    return (len(a), *b.shape[1:]), lambda to: to(a).flatten(1) @ to(b).flatten(1)
 
 
 def tucker(core, a, b):
-    """core (r, r, k, k), a (r, out), b (r, in) -> (out, in, k, k)"""
-    return torch.einsum("ijhw,io,jc->ochw", core, a, b)
+    """core (r, r, k, k), a (r, out), b (r, in) -> (out, in, k, k), as a shape and a function that makes it"""
+    if core.shape[:2] != (len(a), len(b)):
+        raise ValueError(f"ranks of {tuple(core.shape)}, {tuple(a.shape)} and {tuple(b.shape)}")
+    shape = (a.shape[1], b.shape[1], *core.shape[2:])
+    return shape, lambda to: torch.einsum("ijhw,io,jc->ochw", to(core), to(a), to(b))
 
 
 # ---- what the command line needs
@@ -415,6 +435,6 @@ def parse_tag(kind, arguments):
     except ValueError:
         named["no"] = "number"
     if kind not in ("lora", "lyco") or named or plain[2:]:
-        raise ValueError(f"the prompt has <{kind}:{arguments}>; expected <lora:NAME:SCALE>, or with one scale for the text "
-                         f"encoder and one for the UNet <lora:NAME:TEXT:UNET>")
+        raise ValueError(f"the prompt has <{kind}:{arguments}>; expected <lora:NAME:SCALE>, or <lora:NAME:TEXT:UNET> with "
+                         f"a scale for the text encoder and one for the UNet")
     return name, unet, text
