@@ -109,8 +109,8 @@ def find_layers(models):
     for network in {"diffusion", "clip"} & models.keys():
         module = next((part for part in models[network].modules() if isinstance(part, NETWORKS[network])), None)
         if module is None or any(hasattr(layer, "packed_weight") for layer in module.modules()):
-            raise ValueError(f"models[{network!r}] is packed or no {NETWORKS[network].__name__}: no LoRA can be added; load "
-                             f"with pack=False, add the LoRA, then pack with cpu.packed.pack")
+            raise ValueError(f"models[{network!r}] is packed or no {NETWORKS[network].__name__}, so that no LoRA can be "
+                             f"added; load with pack=False, add the LoRA, then pack with cpu.packed.pack")
         for name in module.state_dict():
             if not name.endswith(".weight"):
                 continue
@@ -203,8 +203,8 @@ def read_configs(file, metadata):
         if config.get("peft_type", "LORA") not in ("LORA", "LOHA", "LOKR"):
             raise CheckpointError(f"{file}: found PEFT's {config['peft_type']}; expected LORA, LOHA or LOKR")
         if re.match("pissa|olora|corda|loftq", str(config.get("init_lora_weights"))):
-            raise CheckpointError(f"{file}: found init_lora_weights={config['init_lora_weights']!r}, where the model was "
-                                  f"changed too; expected a plain LoRA, into which PEFT can convert it")
+            raise CheckpointError(f"{file}: found init_lora_weights={config['init_lora_weights']!r}, with which the "
+                                  f"model was changed too; expected a plain LoRA, into which PEFT can convert it")
     return configs
 
 
@@ -322,7 +322,7 @@ def set_norms(weight, norms):
     """DoRA (arXiv 2402.09353, eq. 5): gives what makes an output these norms (out, 1, ...), or what looks at an input,
     (1, in, ...), as LyCORIS had it before 3.1.1."""
     dims = [dim for dim, size in enumerate(norms.shape) if size == 1]
-    return norms * weight / weight.norm(dim=dims, keepdim=True)
+    return norms * weight / torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
 
 
 # ---- the kinds: a layer's tensors, which are taken out -> (shape of its change, rank or None, function that makes it)
@@ -435,6 +435,6 @@ def parse_tag(kind, arguments):
     except ValueError:
         named["no"] = "number"
     if kind not in ("lora", "lyco") or named or plain[2:]:
-        raise ValueError(f"the prompt has <{kind}:{arguments}>; expected <lora:NAME:SCALE>, or <lora:NAME:TEXT:UNET> with "
-                         f"a scale for the text encoder and one for the UNet")
+        raise ValueError(f"the prompt has <{kind}:{arguments}>; expected <lora:NAME:SCALE>, or <lora:NAME:TEXT:UNET> "
+                         f"with a scale for the text encoder and one for the UNet")
     return name, unet, text
