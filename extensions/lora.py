@@ -224,7 +224,7 @@ def read_changes(models, path, scale, unet_scale, text_scale):
     for key, tensor, config in entries:
         bundled = re.fullmatch(r"bundle_emb\.([^.]+)\.(string_to_param\.)?[^.]+", key)
         if bundled and "clip" in models and tensor.shape[-1:] == (models["clip"].config.d_embed,):
-            embeddings[bundled[1]] = torch.atleast_2d(tensor)
+            embeddings[bundled[1]] = torch.atleast_2d(tensor).clone()  # no longer a part of the mapped file
             continue
         dotted, name = split_key(key)
         spelling = (dotted or "").replace(".", "_")

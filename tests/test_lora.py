@@ -183,8 +183,9 @@ def test_every_dialect_is_the_same(own, oracles, original, tmp_path, dialect):
 def test_a_file_in_both_layouts_counts_once(own, oracles, original, tmp_path):
     layers = random_lora(oracles)
     once = write(tmp_path / "once.safetensors", layers, original)
-    twice = write(tmp_path / "twice.safetensors", layers, original, "kohya, original layout")
-    save_file({**load_file(once), **load_file(twice)}, twice)
+    again = write(tmp_path / "again.safetensors", layers, original, "kohya, original layout")
+    twice = tmp_path / "twice.safetensors"
+    save_file({**load_file(once), **load_file(again)}, twice)
     with lora(own, once):
         expected = weights_of(own)
     add_lora(own, twice)
@@ -314,18 +315,23 @@ def randomize_adapter(model):
 @pytest.mark.parametrize("kind", ["rsLoRA, patterns", "DoRA"])
 def test_what_diffusers_saves_of_peft(own, theirs, tmp_path, kind):
     """With the metadata that tell alpha, without which it would be the rank."""
-    halves, configs = {}, {}
-    trained = copy.deepcopy(theirs)
+    halves = {}
     for network, name in (("diffusion", "unet"), ("clip", "text_encoder")):
         config = copy.deepcopy(PEFT_CONFIGS[kind])
-        if kind == "DoRA":
-            config.target_modules = ATTENTION_REGEX
-        trained[network].add_adapter(config)
-        randomize_adapter(trained[network])
-        halves[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(trained[network], adapter_name="default")
-        configs[f"{name}_lora_adapter_metadata"] = config.to_dict()
-    StableDiffusionPipeline.save_lora_weights(tmp_path, **halves, **configs)
-    compare_with_diffusers(own, theirs, tmp_path)
+        config.target_modules = ATTENTION_REGEX
+        theirs[network].add_adapter(config)
+        randomize_adapter(theirs[network])
+        halves[f"{name}_lora_layers"] = peft.get_peft_model_state_dict(theirs[network], adapter_name="default")
+        halves[f"{name}_lora_adapter_metadata"] = config.to_dict()
+    StableDiffusionPipeline.save_lora_weights(tmp_path, **halves)
+    layers = [layer for module in theirs.values() for layer in module.modules() if hasattr(layer, "scale_layer")]
+    for scale in SCALES:
+        for layer in layers:
+            layer.scale_layer(scale)
+        with lora(own, tmp_path, scale):
+            check_outputs(own, theirs)
+        for layer in layers:
+            layer.unscale_layer()
 
 
 def test_a_narrow_first_convolution_in_an_inpainting_model(tmp_path):
@@ -386,9 +392,9 @@ def test_scales_of_their_own(own, oracles, original, tmp_path):
 
 
 def test_bundled_embeddings_are_handed_on(own, oracles, original, tmp_path):
-    path = write(tmp_path / "lora.safetensors", random_lora(oracles), original)
+    plain, path = write(tmp_path / "plain.safetensors", random_lora(oracles), original), tmp_path / "lora.safetensors"
     bundled = {"bundle_emb.smile.string_to_param.*": torch.randn(2, 32), "bundle_emb.frown.emb_params": torch.randn(32)}
-    save_file({**load_file(path), **bundled}, path)
+    save_file({**load_file(plain), **bundled}, path)
     with lora(own, path) as embeddings:
         assert embeddings.keys() == {"smile", "frown"} and embeddings["frown"].shape == (1, 32)
         assert torch.equal(embeddings["smile"], bundled["bundle_emb.smile.string_to_param.*"])
@@ -414,15 +420,15 @@ def refused(own, path, *words):
 
 
 def test_unknown_keys(own, oracles, original, tmp_path):
-    path = write(tmp_path / "lora.safetensors", random_lora(oracles), original)
+    plain, path = write(tmp_path / "plain.safetensors", random_lora(oracles), original), tmp_path / "lora.safetensors"
     strangers = {f"lora_unet_stranger_{i}.lora_up.weight": torch.ones(2, 2) for i in range(5)}
-    save_file({**load_file(path), **strangers}, path)
+    save_file({**load_file(plain), **strangers}, path)
     refused(own, path, "5 of", *list(strangers)[:3])
 
 
 def test_shapes_that_do_not_fit(own, oracles, original, tmp_path):
-    path = write(tmp_path / "lora.safetensors", random_lora(oracles), original)
-    tensors = load_file(path)
+    tensors = load_file(write(tmp_path / "plain.safetensors", random_lora(oracles), original))
+    path = tmp_path / "lora.safetensors"
     keys = [key for key in tensors if "attn1" in key and "lora_down" in key][:4]
     save_file({**tensors, **{key: torch.ones(4, 24) for key in keys}}, path)
     refused(own, path, "4 changes of", *keys[:3], "(4, 24)")
@@ -491,15 +497,15 @@ def test_hostile_and_broken_files(own, oracles, original, tmp_path, capfd):
     assert "must not" not in capfd.readouterr().out
     torch.save([torch.ones(4, 4), torch.ones(4, 4)], tmp_path / "list.pt")
     refused(own, tmp_path / "list.pt", "cloneofsimo")
-    path.write_bytes(whole[: len(whole) // 2])
-    refused(own, path, "truncated")
+    (tmp_path / "half.safetensors").write_bytes(whole[: len(whole) // 2])
+    refused(own, tmp_path / "half.safetensors", "truncated")
     key = next(iter(tensors))
-    save_file({**tensors, key: tensors[key] * float("nan")}, path)
-    refused(own, path, key, "NaN")
+    save_file({**tensors, key: tensors[key] * float("nan")}, tmp_path / "nan.safetensors")
+    refused(own, tmp_path / "nan.safetensors", key, "NaN")
     torch.save({**tensors, key: torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "huge.pt")
     refused(own, tmp_path / "huge.pt", key)
-    save_file({}, path)
-    refused(own, path, "no weights")
+    save_file({}, tmp_path / "empty.safetensors")
+    refused(own, tmp_path / "empty.safetensors", "no weights")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         add_lora(own, tmp_path / "nowhere.safetensors")
     with pytest.raises(FileNotFoundError, match="adapter_model"):
