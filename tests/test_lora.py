@@ -431,7 +431,7 @@ def test_shapes_that_do_not_fit(own, oracles, original, tmp_path):
     path = tmp_path / "lora.safetensors"
     keys = [key for key in tensors if "attn1" in key and "lora_down" in key][:4]
     save_file({**tensors, **{key: torch.ones(4, 24) for key in keys}}, path)
-    refused(own, path, "4 changes of", *keys[:3], "(4, 24)")
+    refused(own, path, "4 of", *keys[:3], "(4, 24)")
 
 
 @pytest.mark.parametrize("tensors", [
@@ -450,7 +450,7 @@ def test_layers_that_make_no_sense(own, tmp_path, tensors):
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     path = tmp_path / "lora.safetensors"
     save_file({f"{stem}.{name}": torch.ones(shape) for name, shape in tensors.items()}, path)
-    refused(own, path, "1 changes of", stem)
+    refused(own, path, "1 of", stem)
 
 
 @pytest.mark.parametrize("word, key, shape, metadata", [
@@ -474,7 +474,7 @@ def test_layers_that_make_no_sense(own, tmp_path, tensors):
 ])
 def test_other_kinds_and_models_are_named(own, tmp_path, word, key, shape, metadata):
     save_file({key: torch.ones(shape)}, tmp_path / "other.safetensors", metadata)
-    refused(own, tmp_path / "other.safetensors", word, key if not metadata else list(metadata.values())[0][:4])
+    refused(own, tmp_path / "other.safetensors", word, *[] if metadata else [key])
 
 
 def test_other_kinds_of_peft(own, theirs, tmp_path):
