@@ -1,27 +1,34 @@
-"""A stranger's checkpoint file in, names and tensors out. Nothing in it is ever executed."""
+"""A stranger's file of weights in, names and tensors out. Nothing in it is ever executed: see `unpickler.py`."""
 
 import ctypes
 import mmap
 import os
-import pickle
+import struct
 import sys
-import tarfile
-import types
+import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+
+from unpickler import CheckpointError, Unknown, Unpickler, describe
 
 
-class CheckpointError(ValueError):
-    """The file is not an SD 1.x checkpoint that can be loaded; the message says why and what was expected."""
+def read_checkpoint(path, mapped=False):
+    """Reads all that a file holds: a checkpoint, a VAE, a LoRA, an embedding, a ControlNet.
 
-
-def read_checkpoint(path):
-    """Reads all that a file holds, memory-mapped where its format allows.
+    Args:
+        path: a safetensors file, or one that `torch.save` wrote (.ckpt, .pt, .pth, .bin); its content tells which.
+        mapped: leave the tensors in a memory map of the file where that can be done, for a caller who copies one
+            after the other and calls `release`: what is not copied changes, or ends the process, with the file.
 
     Returns:
-        (dict of all the entries, the state dict unwrapped; the safetensors metadata or {})
+        (dict of the entries whose names are texts, a "state_dict" unwrapped; the safetensors metadata or {}). Values are
+        tensors and what a pickle may hold besides: numbers, texts, lists, dicts, `Unknown`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is of another kind, broken or hostile.
     """
     path = Path(path)
     if not path.exists():
@@ -29,144 +36,145 @@ def read_checkpoint(path):
     if path.is_dir():
         raise CheckpointError(f"{path}: found a folder; expected one .ckpt or .safetensors file in the SD 1.x layout")
     with open(path, "rb") as file:
-        head = file.read(64)
-    if head[8:9] == b"{":
-        return read_safetensors(path)
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        return read_pickle(path, mmap=head.startswith(b"PK")), {}
+        head = file.read(512)
+        kind = "safetensors" if head[8:9] == b"{" else "PyTorch"
+        try:
+            if kind == "safetensors":
+                return read_safetensors(path, file, mapped)
+            return unwrap(read_pickle(file, head, mapped)), {}
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+        except Exception as error:  # whatever a broken or hostile file makes the parsers stumble over
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise CheckpointError(f"{path}: found a broken or truncated {kind} file ({type(error).__name__}: "
+                                  f"{reason!r}); expected a whole one: download it again") from None
+
+
+def read_safetensors(path, file, mapped):
+    name = str(path)
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # which the library refuses
+        name = f"/dev/fd/{file.fileno()}"
+    with safe_open(name, framework="pt") as tensors:
+        weights = {key: tensors.get_tensor(key) for key in tensors.keys()}
+        return {key: weight if mapped else weight.clone() for key, weight in weights.items()}, tensors.metadata() or {}
+
+
+def read_pickle(file, head, mapped):
     found = "an empty file" if not head else f"a file that begins with {head[:24]!r}"
-    if head.startswith(b"version https://git-lfs"):
+    if head[257:262] == b"ustar":
+        found = "a tar archive"
+    elif head.startswith(b"PK\x03\x04"):
+        return read_zip(file, mapped)
+    elif head.startswith(b"\x80"):
+        return read_legacy(file)
+    elif head.startswith(b"version https://git-lfs"):
         found = "a Git LFS pointer instead of the weights it points to (`git lfs pull` fetches them)"
     elif head.lstrip().startswith(b"<"):
         found = "a web page, as a failed download leaves it"
-    raise CheckpointError(f"{path}: found {found}; expected a PyTorch or safetensors checkpoint")
+    raise CheckpointError(f"found {found}; expected a PyTorch or safetensors checkpoint")
 
 
-def read_safetensors(path):
+def read_zip(file, mapped):
+    """Reads what torch.save writes since PyTorch 1.6: a zip archive of one pickle, and of one entry a storage."""
+    archive = zipfile.ZipFile(file)
+    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CheckpointError(f"found a zip archive with {len(pickles)} files 'data.pkl'; expected a PyTorch checkpoint")
+    folder = pickles[0].removesuffix("data.pkl")
+    if f"{folder}constants.pkl" in archive.namelist():
+        raise CheckpointError("found a TorchScript program; expected weights alone")
+    content, data = map_file(file)
+    storages = {}
+
+    def place(name):
+        entry = archive.getinfo(folder + name)
+        if entry.compress_type or entry.compress_size != entry.file_size:
+            raise CheckpointError(f"found {name!r} compressed; expected a PyTorch file, which never is")
+        start = entry.header_offset + 30 + sum(struct.unpack_from("<HH", content, entry.header_offset + 26))
+        return slice(start, start + entry.file_size)
+
+    def load_storage(kind, dtype, key, location, count):
+        if key not in storages:
+            where = place(f"data/{key}")
+            storages[key] = data[where]
+            if not mapped or swapped or where.start % 16:  # tensors must be aligned; PyTorch does so, to 64
+                storages[key] = data[where].clone()
+            if swapped:
+                storages[key].untyped_storage().byteswap(dtype)
+        return storages[key][: count * dtype.itemsize].view(dtype)
+
+    swapped = f"{folder}byteorder" in archive.namelist() and content[place("byteorder")].decode() != sys.byteorder
+    content.seek(place("data.pkl").start)
+    return Unpickler(content, load_storage).run()
+
+
+def read_legacy(file):
+    """Reads what torch.save wrote before PyTorch 1.6: five pickles, and the storages that the last of them lists."""
+    content, data = map_file(file)
+    storages = {}
+
+    def load_storage(kind, dtype, key, location=None, count=None, view=None):
+        if kind == "module":  # a class, with its source
+            return dtype
+        if key not in storages:
+            if count * dtype.itemsize + sum(map(len, storages.values())) > len(data):
+                raise CheckpointError("found a broken or truncated PyTorch file, shorter than the weights that it speaks "
+                                      "of; expected a whole one: download it again")
+            storages[key] = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
+        _, start, count = view or (key, 0, count)
+        return storages[key].view(dtype)[start : start + count]
+
+    if Unpickler(content).run() != 0x1950A86A20F9469CFC6C:  # of the format
+        raise CheckpointError("found a pickle that torch.save did not write; expected a PyTorch checkpoint")
+    Unpickler(content).run(), Unpickler(content).run()  # its version, the system
+    checkpoint = Unpickler(content, load_storage).run()
+    listed = Unpickler(content).run()
+    for key in listed:
+        start = content.tell() + 8  # after the length
+        storages[key].copy_(data[start : start + len(storages[key])])
+        content.seek(start + len(storages[key]))
+    if set(storages) - set(listed):
+        raise CheckpointError("found a broken PyTorch file, without some of the weights that it speaks of; expected a "
+                              "whole one: download it again")
+    return checkpoint
+
+
+def unwrap(checkpoint):
+    """Returns the dict of weights in what a pickle holds."""
+    weights = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else checkpoint
+    found = f"a pickled {describe(weights)}" if weights is checkpoint else f"a {describe(weights)} as 'state_dict'"
+    if isinstance(weights, Unknown) and not weights:
+        raise CheckpointError(f"found {found}; expected its weights alone, as torch.save(model.state_dict(), path) "
+                              f"writes them")
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"found {found}; expected a dict of weights by name")
+    return weights
+
+
+# ---- memory maps
+
+
+def map_file(file):
+    """Returns a file's memory map, and its bytes as a tensor in it."""
+    content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    return content, torch.frombuffer(content, dtype=torch.uint8)
+
+
+def find_mapped():
+    """Returns the addresses (first, end) at which files are mapped into memory; none where there is no /proc."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: found a broken or truncated safetensors file ({str(error)!r}); expected a "
-                              f"whole one: download it again") from None
-
-
-def read_pickle(path, mmap):
-    try:
-        # What torch.load would run (asked of its own parser: zipfile can be made to see other entries) or unpack.
-        if mmap and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
-            raise CheckpointError("found a TorchScript program; expected weights alone")
-        if not mmap and tarfile.is_tarfile(path):
-            raise CheckpointError("found a tar archive; expected a PyTorch or safetensors checkpoint")
-        checkpoint = torch.load(path, map_location="cpu", mmap=mmap, weights_only=False, pickle_module=RESTRICTED)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    except Exception as error:  # whatever a broken or hostile file makes the parsers stumble over
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{path}: found a broken or truncated PyTorch file ({type(error).__name__}: {reason!r}); "
-                              f"expected a whole one: download it again") from None
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path}: found a pickled {type(checkpoint).__name__}; expected a dict of weights")
-    inner = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(inner, dict):
-        raise CheckpointError(f"{path}: found a {type(inner).__name__} as 'state_dict'; expected a dict of weights")
-    return inner
-
-
-class Placeholder:
-    """Stands for an object of a class that is not rebuilt, such as a Lightning callback; takes anything, does nothing.
-    """
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __call__(self, *args, **kwargs):
-        return Placeholder()
-
-    def __setstate__(self, state):
-        pass
-
-    def __setitem__(self, key, value):
-        pass
-
-    def append(self, item):
-        pass
-
-    extend = add = append
-
-
-class PlainDict(dict):
-    """Stands for an OrderedDict or defaultdict; takes no attributes from a file, as they would hide its methods."""
-
-    def __setstate__(self, state):
-        pass
-
-
-def sealed(function):
-    """Returns the function in a shell: a pickle can set attributes (`__name__`, `__defaults__`) of all that it gets."""
-
-    def call(*args):
-        return function(*args)
-
-    call.__setstate__ = lambda state: None
-    return call
-
-
-REBUILT = {
-    ("torch._utils", "_rebuild_tensor"): sealed(torch._utils._rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): sealed(torch._utils._rebuild_tensor_v2),
-    ("torch._utils", "_rebuild_parameter"): sealed(torch._utils._rebuild_parameter),
-    ("torch", "Size"): sealed(torch.Size),
-    ("collections", "OrderedDict"): PlainDict,
-    ("collections", "defaultdict"): sealed(lambda default_factory=None, *items: PlainDict(*items)),
-}
-
-# The parts of Python's own library whose classes an honest checkpoint may hold. Calls into any other part (os,
-# subprocess, builtins.eval, ...) are what an attack looks like: the file is refused rather than read around it.
-HARMLESS = {"argparse", "collections", "copyreg", "datetime", "decimal", "enum", "fractions", "numbers", "pathlib",
-            "random", "time", "types", "typing", "uuid", "_codecs"}
-HARMLESS_BUILTINS = {"set", "frozenset", "list", "dict", "tuple", "object", "slice", "range", "complex", "bytearray",
-                     "bytes", "str", "int", "float", "bool", "type"}
-PYTHON_2 = {"__builtin__", "commands", "copy_reg"}
-
-
-class RestrictedUnpickler(pickle.Unpickler):
-    """Rebuilds tensors and plain containers; every other class becomes a placeholder, so that nothing is imported."""
-
-    def find_class(self, module, name):
-        if (module, name) in REBUILT:
-            return REBUILT[module, name]
-        root = module.partition(".")[0]
-        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):  # getattr would import submodules
-            return vars(torch)[name]
-        if root in ("builtins", "__builtin__") and name in HARMLESS_BUILTINS:
-            return Placeholder
-        if (root in sys.stdlib_module_names or root in PYTHON_2) and root not in HARMLESS:
-            raise CheckpointError(f"found a pickle that calls {f'{module}.{name}'!r}, which no honest checkpoint does; "
-                                  f"nothing was executed; expected tensors and plain containers: do not use this file")
-        return Placeholder
-
-
-RESTRICTED = types.ModuleType("restricted_pickle", "What torch.load asks of a pickle module.")
-RESTRICTED.Unpickler = RestrictedUnpickler
-RESTRICTED.load = lambda file, **kwargs: RestrictedUnpickler(file, **kwargs).load()
-
-
-def find_mapped(path):
-    """Returns the addresses (first, end) at which a file is mapped into memory; none where there is no /proc."""
-    try:
-        lines = [line.split(maxsplit=5) for line in open("/proc/self/maps")]
+        with open("/proc/self/maps", "rb") as file:
+            lines = [line.split(maxsplit=5) for line in file]
     except OSError:
         return []
-    path = os.path.realpath(path)
-    return [tuple(int(address, 16) for address in line[0].split("-")) for line in lines if line[5:] == [f"{path}\n"]]
+    return [tuple(int(address, 16) for address in line[0].split(b"-")) for line in lines
+            if len(line) == 6 and line[5].startswith(b"/")]
 
 
 def release(tensor, mapped):
-    """Lets go of the pages of a mapped file that hold a tensor, or the file counts as memory in use until all is read.
+    """Lets go of the pages of mapped files that hold a tensor, or the files count as memory in use until all is read.
     They would be read again if they were asked for."""
     page, address = mmap.PAGESIZE, tensor.data_ptr()
     first, end = -(-address // page) * page, (address + tensor.nbytes) // page * page

@@ -1,45 +1,65 @@
 """What do a guidance interval and cached deep layers save, and what do they cost in quality? One plot and a table.
 
-    python benchmarks/savings.py [--prompts 60] [--rounds 3]
+    python -m benchmarks.savings [--prompts 60] [--rounds 3]
 
 The embedded model draws the same prompts with the same seeds in each setting (float32, dpmpp_2m, cfg_scale 4, fixed
 prompts of trained pairs). Quality: root mean square distance, in grey levels of 255, to the exact picture, the one at
 20 steps without savings; and how often the nearest real drawing still shows the concept that the prompt names, as in
-training/evaluate.py, which needs the drawings (python training/emoji.py). Fewer steps are the yardstick: a saving pays
+training/evaluate.py, which needs the drawings (python -m training.emoji). Fewer steps are the yardstick: a saving pays
 where its curve lies below theirs. Time: seconds a picture, drawn one at a time, settings in turn.
 
 Writes benchmarks/results/savings.md and savings.png.
 """
 
 import argparse
+from functools import partial
 
 import numpy as np
-import peers
 import torch
 
 import model_loader
+from benchmarks import measure
+from extensions.deep_cache import DeepCache
 from training import emoji
 from training.evaluate import CFG_SCALE, STEPS, Judge, draw, sample_rows
 from training.train import MODEL, N_CONCEPTS, STYLES
 
-CURVES = {
-    "fewer steps": [(f"{steps} steps", {"n_inference_steps": steps}) for steps in (15, 10, 7, 5, 3)],
-    "guidance interval": [(f"guidance in ({low:g}, {high:g})", {"guidance_interval": (low, high)})
-                          for low, high in [(0.2, 8), (0.5, 8), (0.5, 4), (1, 4), (2, 3)]],
-    "cached deep layers": [(f"cache_interval {n}", {"cache_interval": n}) for n in (2, 3, 5, 10)],
-    "both": [("guidance in (0.5, 8), cache_interval 2", {"guidance_interval": (0.5, 8), "cache_interval": 2})],
+CURVES = {  # {curve: [(steps, noise levels with guidance or None for all, interval of the deep layers), ...]}
+    "exact": [(STEPS, None, 1)],
+    "fewer steps": [(steps, None, 1) for steps in (15, 10, 7, 5, 3)],
+    "guidance interval": [(STEPS, levels, 1) for levels in [(0.2, 8), (0.5, 8), (0.5, 4), (1, 4), (2, 3)]],
+    "cached deep layers": [(STEPS, None, interval) for interval in (2, 3, 5, 10)],
+    "both": [(STEPS, (0.5, 8), 2)],
 }
 
 
-def short(name):
-    return name.replace("guidance in ", "").replace("cache_interval", "every").removesuffix(" steps")
+def describe(steps, levels, interval):
+    """Returns a setting's name in the table, and a short one for the plot."""
+    if levels is None and interval == 1:
+        return f"{steps} steps", str(steps)
+    guidance = [f"({levels[0]:g}, {levels[1]:g})"] * (levels is not None)
+    cache = [str(interval)] * (interval > 1)
+    return (", ".join([f"guidance in {part}" for part in guidance] + [f"deep layers every {part}" for part in cache]),
+            ", ".join(guidance + [f"every {part}" for part in cache]))
+
+
+def draw_with(setting, prompts, models, tokenizer):
+    """Returns pictures of the prompts, drawn with a setting (steps, levels, interval)."""
+    steps, levels, interval = setting
+    if interval > 1:
+        models = models | {"diffusion": DeepCache(models["diffusion"], interval)}
+    cfg_scale = CFG_SCALE
+    if levels is not None:
+        cfg_scale = lambda sigma: CFG_SCALE if levels[0] <= sigma <= levels[1] else 1.0
+    return draw(prompts, models, tokenizer, cfg_scale=cfg_scale, n_inference_steps=steps)
 
 
 def plot(points, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for axis, what, label in [(axes[0], 1, "distance to the exact picture, grey levels"), (axes[1], 2, "concept recall, %")]:
+    labels = "distance to the exact picture, grey levels", "concept recall, %"
+    for what, (axis, label) in enumerate(zip(axes, labels), start=1):
         for curve, curve_points in points.items():
             axis.plot([point[0] for point in curve_points], [point[what] for point in curve_points], "o-", label=curve)
         axis.set(xlabel="time, as a share of the exact picture's", ylabel=label)
@@ -60,28 +80,29 @@ def main():
     tokenizer, drawings = model_loader.load_tokenizer(), emoji.load_drawings(n_concepts=N_CONCEPTS, styles=STYLES)
     judge, rows = Judge(drawings), sample_rows(emoji.trained_pairs(drawings), arguments.prompts)
     prompts = judge.prompts(rows)
-    curves = {"exact": [(f"{STEPS} steps", {})], **CURVES}
-    settings = dict(setting for curve in curves.values() for setting in curve)
+    settings = {describe(*setting)[0]: setting for curve in CURVES.values() for setting in curve}
 
-    pictures = {name: draw(prompts, models, tokenizer, **setting) for name, setting in settings.items()}
+    pictures = {name: draw_with(setting, prompts, models, tokenizer) for name, setting in settings.items()}
     exact = pictures[f"{STEPS} steps"].astype(float)
     distance = {name: np.sqrt(np.mean((picture - exact) ** 2)) for name, picture in pictures.items()}
     recall = {name: judge.recall(picture, rows)[0] for name, picture in pictures.items()}
-    times = peers.interleave({name: lambda setting=setting: draw(prompts[:1], models, tokenizer, **setting)
-                              for name, setting in settings.items()}, arguments.rounds)
-    seconds = {name: peers.statistics.median(times[name]) for name in settings}
-    share = {name: peers.ratio(times, name, f"{STEPS} steps") for name in settings}
+    times = measure.interleave({name: partial(draw_with, setting, prompts[:1], models, tokenizer)
+                                for name, setting in settings.items()}, arguments.rounds)
+    seconds = {name: measure.statistics.median(times[name]) for name in settings}
+    share = {name: measure.ratio(times, name, f"{STEPS} steps") for name in settings}
 
-    points = {curve: [(share[name], distance[name], 100 * recall[name], short(name)) for name, _ in members]
-              for curve, members in curves.items()}
-    peers.replace("savings.png", lambda path: plot(points, path))
+    points = {curve: [(share[name], distance[name], 100 * recall[name], short)
+                      for name, short in (describe(*setting) for setting in members)]
+              for curve, members in CURVES.items()}
+    measure.replace("savings.png", lambda path: plot(points, path))
     rows = [[name, f"{seconds[name]:.2f}", f"{share[name]:.2f}", f"{distance[name]:.1f}", f"{recall[name]:.1%}"]
             for name in settings]
-    peers.write("savings.md", f"""\
-{peers.table(["", "s a picture", "share of the exact one's time", "distance, grey levels", "concept recall"], rows)}
+    measure.write("savings.md", f"""\
+{measure.table(["", "s a picture", "share of the exact one's time", "distance, grey levels", "concept recall"], rows)}
 
-{len(prompts)} prompts, cfg_scale {CFG_SCALE:g}; times are medians of {arguments.rounds} rounds of one picture, decoding included.
-{peers.machine()}""")
+{len(prompts)} prompts, cfg_scale {CFG_SCALE:g}; times are medians of {arguments.rounds} rounds of one picture, decoding
+included.
+{measure.machine()}""")
 
 
 if __name__ == "__main__":

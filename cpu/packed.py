@@ -1,28 +1,40 @@
-"""Convolutions and linear layers with their weights in oneDNN's own layout, for drawing on the CPU.
+"""Layers with their weights arranged for the CPU, for drawing alone.
 
-PyTorch keeps weights as the checkpoint has them, and oneDNN rearranges them at each call, for its vector units to read
-in one go: a tenth of a UNet's step. `pack` does that once. A convolution after a nearest-neighbour enlargement is also
-rewritten as what it amounts to, four small ones on the small picture, at 4/9 of the work. Packed convolutions return
-channels_last, for which group norms of large pictures are made as exact as they are without. What the networks compute
-stays the same; weights can no longer be trained, saved or moved to another device.
+    models["diffusion"] = pack(models["diffusion"])
+
+The networks compute what they did before, but can no longer be trained, saved or moved to another device.
+
+- oneDNN, PyTorch's library for the CPU, rearranges the weights of convolutions and linear layers at each call, so that
+  the processor reads them in one go. That is a tenth of a UNet's step; `pack` does it once.
+- A convolution that follows a nearest-neighbour enlargement becomes four smaller ones on the small picture, with 4/9 of
+  the work (`PackedUpsample`).
+- Packed convolutions return tensors in channels_last, where PyTorch's group norms are less exact for large pictures.
+  `BandedGroupNorm` makes up for that.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-import decoder
-import diffusion
+from attention import SelfAttention
+from cpu import attention
+from decoder import VAE_Upsample
+from diffusion import GEGLU, ResidualBlock, Upsample
+from encoder import VAE_ResidualBlock
 
 onednn = torch.ops.mkldnn
 
 
-def pack(layer):
-    """Returns a layer, or whatever is made of layers, with its weights (on the CPU, float32 or bfloat16) packed.
+def pack(layer: nn.Module) -> nn.Module:
+    """Packs the weights of a layer, or of a whole network.
 
-    What is made of layers is changed in place, one layer after the other.
+    Args:
+        layer: on the CPU, in float32 or bfloat16. A network is changed in place, one layer after the other.
+
+    Returns:
+        The packed layer, or the network. Packed layers hold `packed_weight` instead of `weight`.
     """
-    if isinstance(layer, diffusion.GEGLU):
+    if isinstance(layer, GEGLU):
         return PackedGEGLU(layer)
     if isinstance(layer, nn.Linear):
         return PackedLinear(layer.weight, layer.bias)
@@ -30,17 +42,21 @@ def pack(layer):
         return PackedConv1x1(layer.weight[:, :, 0, 0], layer.bias)
     if isinstance(layer, nn.Conv2d):
         return PackedConv2d(layer.weight, layer.bias, layer.stride, layer.padding)
-    if isinstance(layer, (decoder.Upsample, diffusion.Upsample)):
-        return PackedUpsample(layer.conv)
+    if isinstance(layer, (VAE_Upsample, Upsample)):
+        return PackedUpsample(layer)
+    if isinstance(layer, (VAE_ResidualBlock, ResidualBlock)):
+        return PackedResidualBlock(layer)
     if isinstance(layer, nn.GroupNorm) and layer.weight.dtype == torch.float32:
         return BandedGroupNorm(layer)
+    if isinstance(layer, SelfAttention) and attention.blocks_win():
+        layer.attend = attention.attend_in_blocks
     for name, child in layer.named_children():
         setattr(layer, name, pack(child))
     return layer
 
 
 class Packed(nn.Module):
-    """Holds a packed weight, which PyTorch can neither move nor convert."""
+    """A layer with a packed weight. Raises ValueError when it is to be moved or converted, which PyTorch cannot do."""
 
     def __init__(self, weight, bias):
         super().__init__()
@@ -72,7 +88,7 @@ class PackedConv1x1(PackedLinear):
 
 
 class PackedGEGLU(nn.Module):
-    """Both halves as layers of their own, so that gelu and the product are done on the way out of them."""
+    """`diffusion.GEGLU` with a layer for each half: oneDNN applies gelu, and multiplies, as it writes their results."""
 
     def __init__(self, geglu):
         super().__init__()
@@ -94,23 +110,49 @@ class PackedConv2d(Packed):
         return onednn._convolution_pointwise(x, self.packed_weight, self.bias, *self.geometry, "none", [], "")
 
 
-class PackedUpsample(diffusion.Upsample):  # the UNet tells an Upsample the size
-    """Nearest-neighbour enlargement by 2, then a 3x3 convolution.
+class PackedResidualBlock(nn.Module):
+    """A residual block, of the UNet or the autoencoder, that overwrites tensors instead of making new ones.
 
-    Of the 3x3 pixels that the convolution sees, those that were enlarged from the same one are equal, so their weights
-    add up: each of the four pixels made from one is a 2x2 convolution of the small picture.
+    At 512x512 pixels, 128 channels in float32 are 128 MB of fresh memory each time. No hook may have seen a tensor that
+    is overwritten: layers whose result is overwritten are called by `forward`, which runs no hooks.
     """
 
-    def __init__(self, conv):
-        nn.Module.__init__(self)
+    def __init__(self, block):
+        super().__init__()
+        self.takes = getattr(block, "takes", None)
+        for name, child in list(block.named_children()):
+            self.add_module(name, pack(child))
+
+    def forward(self, x, time=None):
+        """As `diffusion.ResidualBlock`; without `time` as `encoder.VAE_ResidualBlock`."""
+        hidden = self.conv_1.forward(F.silu(self.norm_1.forward(x), inplace=True))
+        if time is not None:
+            hidden += self.time(F.silu(time))[:, :, None, None]
+        hidden = self.conv_2.forward(F.silu(self.norm_2.forward(hidden), inplace=True))
+        hidden += self.skip(x)
+        return hidden
+
+
+class PackedUpsample(nn.Module):
+    """Nearest-neighbour enlargement by 2, then a 3x3 convolution.
+
+    The enlargement makes each pixel into four equal ones. The convolution's 3x3 window covers only 2x2 pixels of the
+    small picture, whose weights are sums of the 3x3. Which sums depends on which of the four pixels the window is
+    centred on: that makes four convolutions, each with a 2x2 kernel, on the small picture.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        conv = layer.conv
+        self.takes = getattr(layer, "takes", None)
         self.plain = PackedConv2d(conv.weight, conv.bias, conv.stride, conv.padding)
         weight = conv.weight.detach().float()
         self.phases = nn.ModuleList(
-            PackedConv2d(merge(merge(weight, 2, i), 3, j).to(conv.weight.dtype), conv.bias, (1, 1), (1, 1))
+            PackedConv2d(sum_taps(sum_taps(weight, 2, i), 3, j).to(conv.weight.dtype), conv.bias, (1, 1), (1, 1))
             for i in range(2) for j in range(2))
 
     def forward(self, x, size=None):
-        """(batch, channels, h, w) -> (batch, channels, 2 * h, 2 * w), or of the size given, which may be 1 less"""
+        """(batch, channels, h, w) -> (batch, channels, 2 * h, 2 * w), or h and w as in size, which may be 1 less"""
         b, c, h, w = x.shape
         if size is not None and tuple(size) != (2 * h, 2 * w):
             return self.plain(F.interpolate(x, size=size, mode="nearest"))
@@ -122,9 +164,10 @@ class PackedUpsample(diffusion.Upsample):  # the UNet tells an Upsample the size
 
 
 class BandedGroupNorm(nn.Module):
-    """A group norm in bands of 4 rows, put together exactly.
+    """A group norm whose statistics are taken over bands of 4 rows, then combined exactly.
 
-    In channels_last, PyTorch's adds up a channel's pixels one after another: in float32, at 512x512, an error of 2e-4.
+    In channels_last, PyTorch's own sums up all pixels of a channel one after another. In float32 at 512x512 pixels that
+    makes an error of 2e-4.
     """
 
     ROWS, SMALL = 4, 2**14  # PyTorch's is exact enough for fewer pixels than SMALL
@@ -144,14 +187,17 @@ class BandedGroupNorm(nn.Module):
         mean, rstd = mean.view(b, bands, groups), rstd.view(b, bands, groups)
         offset = mean - mean.mean(1, keepdim=True)
         common_rstd = (rstd**-2 + offset**2).mean(1, keepdim=True).rsqrt()  # variances: within bands and between them
-        scale, shift = ((y * common_rstd).repeat_interleave(c // groups, 2) * self.norm.weight for y in (1 / rstd, offset))
+        scale, shift = ((y * common_rstd).repeat_interleave(c // groups, 2) * self.norm.weight
+                        for y in (1 / rstd, offset))
         shift += self.norm.bias
         torch.addcmul(shift.view(-1, c, 1, 1), x, scale.view(-1, c, 1, 1), out=x)
         return x.unflatten(0, (b, bands)).transpose(1, 2).flatten(2, 3)
 
 
-def merge(weight, dim, phase):
-    """A kernel's 3 weights along a dimension -> 2: an even pixel's last two look at the same pixel, an odd one's first.
+def sum_taps(weight, dim, phase):
+    """Returns a kernel with its 3 weights along `dim` made into 2.
+
+    For an even pixel (phase 0) the last two look at the same pixel of the small picture, for an odd one the first two.
     """
     first, middle, last = weight.unbind(dim)
     return torch.stack([first, middle + last] if phase == 0 else [first + middle, last], dim)

@@ -1,31 +1,34 @@
-"""What each word of the prompt looked at: the UNet's cross-attention, recorded while it draws.
+"""Which pixels looked at each word of the prompt: the UNet's cross-attention, recorded while it draws.
 
     with record_attention(models["diffusion"]) as attention:
         image = generate("a red apple", models=models, tokenizer=tokenizer)
     for word, heat in merge_words(attention.maps(), "a red apple", tokenizer):
         Image.fromarray(overlay(image, heat)).save(f"{word}.png")
 
-In each cross-attention layer every pixel of the latents spreads an attention of 1 over the tokens of the prompt. The
-mean of that over heads, layers and steps, with the coarse layers enlarged to the size of the latents, says how much a
-pixel was led by a token (DAAM, arXiv 2210.04885, section 3.2, which takes sums and bicubic interpolation instead).
+In each cross-attention layer, every pixel gives each token of the prompt a weight, and its weights add up to 1. A
+token's map has the mean of its weights at each pixel of the latents, over all heads, layers and steps; the maps of
+coarse layers are enlarged first. DAAM (arXiv 2210.04885, section 3.2) does the same, but takes sums, and enlarges by
+bicubic interpolation.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention import split_heads
+from attention import CrossAttention, split_heads
 from diffusion import AttentionBlock
 
 
 @contextmanager
-def record_attention(diffusion, row=0):
-    """Records the cross-attention of a UNet inside a `with` block, by hooks that are gone after it.
+def record_attention(diffusion: nn.Module, row: int = 0) -> Iterator["AttentionRecord"]:
+    """Records the cross-attention of a UNet inside a `with` block, by hooks that are removed after it.
 
-    What the UNet computes stays the same, bit for bit. One picture a block: a second one would be averaged in.
+    The UNet's results stay the same, bit for bit. Draw one picture inside the block: a second one would be averaged in.
 
     Args:
         diffusion: a `diffusion.Diffusion`.
@@ -33,7 +36,7 @@ def record_attention(diffusion, row=0):
             row k belongs to prompt k, with and without guidance.
 
     Yields:
-        An `AttentionRecord`, whose maps() are to be had once the picture is drawn.
+        An `AttentionRecord`. Call its maps() once the picture is drawn.
     """
     record = AttentionRecord(row)
     hooks = [diffusion.register_forward_pre_hook(record.begin_step)]
@@ -51,13 +54,19 @@ def record_attention(diffusion, row=0):
 class AttentionRecord:
     """The running sum of one row's attention, in float32 on the UNet's device."""
 
-    def __init__(self, row):
+    def __init__(self, row: int):
         self.row = row
         self.total, self.n_layers = 0, 0
 
-    def maps(self):
-        """Returns (n_tokens, h, w) float32 on the CPU, the size of the latents: at each pixel a distribution over the
-        tokens, start and padding included. Raises ValueError if the UNet was not called."""
+    def maps(self) -> Tensor:
+        """Returns a map for each token, start and padding included.
+
+        Returns:
+            (n_tokens, h, w) float32 on the CPU, of the latents' size. At each pixel they add up to 1.
+
+        Raises:
+            ValueError: the UNet was not called inside the block.
+        """
         if self.n_layers == 0:
             raise ValueError("no attention was recorded: draw the picture inside `with record_attention(diffusion)`")
         return (self.total / self.n_layers).cpu()
@@ -65,7 +74,8 @@ class AttentionRecord:
     # ---- hooks, called by PyTorch
 
     def begin_step(self, diffusion, inputs):
-        n_rows, self.latents_size = len(inputs[1]), inputs[0].shape[2:]  # rows of the context: guidance has twice as many
+        self.latents_size = inputs[0].shape[2:]
+        n_rows = len(inputs[1])  # of the context, which with guidance has twice as many as the latents
         if not 0 <= self.row < n_rows:
             raise ValueError(f"row is {self.row}, but the UNet was given {n_rows} rows; "
                              f"take one from 0 to {n_rows - 1}")
@@ -83,20 +93,35 @@ class AttentionRecord:
 
 
 @torch.no_grad()
-def get_probabilities(attention, x, context):
-    """What `attention.CrossAttention` computes inside its fused product: softmax(Q Kᵀ / sqrt(d_head)), eq. 1 of arXiv
-    1706.03762. x (b, tokens, d_embed), context (b, context tokens, d_cross) -> (b, heads, tokens, context tokens)
-    float32"""
+def get_probabilities(attention: CrossAttention, x: Tensor, context: Tensor) -> Tensor:
+    """Returns the weights that a cross-attention layer gives to the tokens of the context.
+
+    softmax(q kᵀ / sqrt(d_head)), eq. 1 of arXiv 1706.03762, which the layer's fused call never returns.
+
+    Args:
+        attention: the layer.
+        x: (batch, tokens, d_embed), the pixels that look.
+        context: (batch, context tokens, d_cross), what they look at.
+
+    Returns:
+        (batch, heads, tokens, context tokens) float32.
+    """
     q = split_heads(attention.q_proj(x), attention.n_heads).float()
     k = split_heads(attention.k_proj(context), attention.n_heads).float()
     return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1)
 
 
-def merge_words(maps, prompt, tokenizer):
-    """Returns [(word, map (h, w))] for the words of the prompt, adding up the tokens that a word was split into.
+def merge_words(maps: Tensor, prompt: str, tokenizer) -> list[tuple[str, Tensor]]:
+    """Adds up the maps of the tokens that each word of the prompt was split into.
 
-    maps: (n_tokens, h, w), from `AttentionRecord.maps`. Words beyond n_tokens are left out, as the encoder never saw
-    them, and so are start token and padding.
+    Args:
+        maps: (n_tokens, h, w), from `AttentionRecord.maps`.
+        prompt: what was drawn.
+        tokenizer: what `model_loader.load_tokenizer` returns.
+
+    Returns:
+        [(word, map (h, w)), ...] without start token and padding, nor words that the encoder never saw because they lie
+        beyond n_tokens.
     """
     words, word, heat = [], [], 0
     ids = tokenizer(prompt, verbose=False).input_ids[1:-1]
@@ -108,10 +133,15 @@ def merge_words(maps, prompt, tokenizer):
     return words
 
 
-def overlay(image, heat):
-    """Lays a map over a picture, scaled to its own range: dark where it is lowest, red, yellow where it is highest.
+def overlay(image: np.ndarray, heat: Tensor) -> np.ndarray:
+    """Lays a map over a picture: black where the map is lowest, red in the middle, yellow where it is highest.
 
-    image: (height, width, 3) uint8. heat: (h, w) floats. Returns (height, width, 3) uint8.
+    Args:
+        image: (height, width, 3) uint8.
+        heat: (h, w) floats of any range.
+
+    Returns:
+        (height, width, 3) uint8.
     """
     heat = Image.fromarray(np.asarray(heat, dtype=np.float32)).resize(image.shape[1::-1], Image.Resampling.BILINEAR)
     heat = np.asarray(heat)[:, :, None]

@@ -2,9 +2,9 @@
 
 import numpy as np
 import torch
+from test_emoji import drawings  # noqa: F401  (a fixture)
 
 from images import to_uint8
-from test_emoji import drawings  # noqa: F401  (a fixture)
 from training import emoji, evaluate
 
 

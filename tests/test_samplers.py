@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -30,6 +31,7 @@ STOCHASTIC = ("ddpm", "ddim", "euler_a", "dpmpp_2m_sde", "lcm")
 IN_ORDER = ("plms", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde")
 SPACINGS = ("leading", "trailing", "linspace")
 SHAPE = (2, 4, 3, 5)
+ROOT = Path(__file__).parent.parent
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")    # diffusers' own
 
@@ -65,7 +67,7 @@ def sample(sampler, n, pictures=None, strength=None, shape=SHAPE, dtype=torch.fl
     return run(sampler, sampler.add_noise(pictures, sampler.timesteps[0]))
 
 
-def sample_reference(name, scheduler, generator, n, pictures=None, strength=None, step_settings={}):
+def sample_reference(name, scheduler, generator, n, pictures=None, strength=None, **step_settings):
     """sample() through diffusers, in the order of its pipelines. Returns the timesteps as well."""
     scheduler.set_timesteps(n)
     first = 0 if strength is None else n - min(int(n * strength), n)
@@ -89,20 +91,24 @@ def sample_reference(name, scheduler, generator, n, pictures=None, strength=None
     for t in timesteps:
         x = scheduler.scale_model_input(latents, t)
         trajectory.append(x)
-        settings = dict(step_settings, generator=generator) if name in STOCHASTIC else step_settings
-        latents = scheduler.step(predict_noise(x, t), t, latents, **settings).prev_sample
+        more = dict(generator=generator) if name in STOCHASTIC else {}
+        latents = scheduler.step(predict_noise(x, t), t, latents, **step_settings, **more).prev_sample
         if name == "plms" and first > 1 and t == timesteps[0]:
             scheduler.counter = 2       # or it would correct this step in the next call, which is another step's
     return trajectory + [latents], timesteps.tolist()
 
 
-def compare(name, n, strength=None, step_settings={}, settings={}, tolerance=1e-5, **both):
-    """Asserts that the latents of all calls agree, relative to the largest of each call."""
+def compare(name, n, strength=None, eta=None, tolerance=1e-5, **both):
+    """Asserts that the latents of all calls agree, relative to the largest of each call.
+
+    diffusers takes eta with each step, ours when the sampler is made.
+    """
     kind, reference_settings = REFERENCES[name]
     pictures = torch.randn(SHAPE, generator=seeded(0))
     scheduler = kind(**SD15, **reference_settings, **both)
-    expected, timesteps = sample_reference(name, scheduler, seeded(1), n, pictures, strength, step_settings)
-    sampler = make(name, seeded(1), **both, **settings)
+    eta = {} if eta is None else {"eta": eta}
+    expected, timesteps = sample_reference(name, scheduler, seeded(1), n, pictures, strength, **eta)
+    sampler = make(name, seeded(1), **both, **eta)
     trajectory = sample(sampler, n, pictures, strength)
     assert sampler.timesteps == pytest.approx(timesteps, abs=2e-3)
     assert len(trajectory) == len(expected)
@@ -151,7 +157,7 @@ def test_euler_ancestral_takes_the_karras_levels_of_euler():
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_ddim_with_eta_is_that_of_diffusers(spacing, eta):
     for n in (1, 5, 50):
-        compare("ddim", n, None, dict(eta=eta), dict(eta=eta), timestep_spacing=spacing)
+        compare("ddim", n, eta=eta, timestep_spacing=spacing)
 
 
 @pytest.mark.parametrize("name", ("ddim", "plms"))
@@ -398,13 +404,11 @@ def test_bad_input_gets_one_line(call, says):
 
 
 def test_a_sampler_of_ones_own():
-    """The one of README.md: Euler's method in four lines, which must equal ours."""
-    class MySampler(DDPMSampler):                           # brings the schedule, img2img and add_noise along
-        def step(self, timestep, latents, model_output):
-            levels = [self.alpha_bar(t) for t in self.timesteps if t <= timestep] + [1.0]
-            a, a_next = levels[:2]
-            x0 = (latents - (1 - a) ** 0.5 * model_output) / a**0.5
-            return a_next**0.5 * x0 + (1 - a_next) ** 0.5 * model_output
+    """The one that the README prints: Euler's method in four lines, which must equal ours."""
+    code, = re.findall(r"^class MySampler.*?\n\n", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
+    names = {"DDPMSampler": DDPMSampler}
+    exec(code, names)
+    MySampler = names["MySampler"]
 
     pictures = torch.randn(SHAPE, generator=seeded(0))
     for strength in (None, 0.5):

@@ -71,11 +71,6 @@ DIFFERENT = {
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer()
-
-
-@pytest.fixture(scope="module")
 def original():
     """{prompt: ids}, each row of ids from the start token to the first end token."""
     table = json.loads(gzip.decompress((ROOT / "tests/tokens.json.gz").read_bytes()))

@@ -5,12 +5,12 @@ import csv
 import numpy as np
 import pytest
 import torch
+from test_emoji import drawings  # noqa: F401  (a fixture)
 
 import model_loader
 import oracle
 from model_converter import to_standard_weights
 from pipeline import generate
-from test_emoji import drawings  # noqa: F401  (a fixture)
 from training import train
 
 

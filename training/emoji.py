@@ -128,7 +128,7 @@ def svg(icons: dict, name: str) -> str:
 
 def render(svg_text: str) -> np.ndarray:
     """SVG → (128, 128, 4) uint8 RGBA with straight alpha, centred, its longer side 120 pixels."""
-    import resvg_py    # only rendering needs it; training reads the cache
+    import resvg_py  # only rendering needs it; training reads the cache
 
     box = SIZE - 2 * MARGIN
     small = Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg_text, width=box)))

@@ -38,9 +38,9 @@ from ddpm import DDPMSampler
 from decoder import DecoderConfig, VAE_Decoder
 from diffusion import Diffusion, DiffusionConfig
 from encoder import LATENT_SCALE, EncoderConfig, VAE_Encoder
+from images import to_uint8
 from model_converter import to_standard_weights
 from model_loader import load_tokenizer, preload_models_from_standard_weights
-from images import to_uint8
 from pipeline import generate, get_time_embedding, tokenize
 from training import emoji
 

@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from model_converter import NETWORKS, to_standard_weights
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, CACHE = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "cache"
-sys.path.insert(0, str(ROOT))
-
-from model_converter import NETWORKS, to_standard_weights
 
 
 def random_checkpoint(suffix=".safetensors", dtype=torch.float16):
@@ -200,12 +199,15 @@ def resident_memory(field):
     return int(fields[field].split()[0]) / 1024
 
 
-def in_child(script, *arguments):
-    """Runs a benchmark in a process of its own, offline, and returns the dict that it prints as its last line."""
+def in_child(module, *arguments):
+    """Runs a benchmark in a process of its own, offline, and returns the dict that it prints as its last line.
+
+    module: as `python -m` takes it, "benchmarks.load". The dict gets "process", the seconds of the whole process.
+    """
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     began = time.perf_counter()
-    command = [sys.executable, script, *map(str, arguments)]
-    output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    output = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(output.splitlines()[-1]) | {"process": time.perf_counter() - began}
 
 
