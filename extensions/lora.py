@@ -21,7 +21,8 @@ import torch
 from torch.nn import functional as F
 
 from checkpoint_file import CheckpointError, read_checkpoint
-from model_converter import NETWORKS, PREFIXES, diffusers_names, standard_names, strip_ones, substitute
+from checkpoint_layout import PREFIXES, substitute
+from model_converter import NETWORKS, diffusers_names, standard_names, strip_ones
 
 Layer = namedtuple("Layer", "network, module, part, n_parts")  # a third of a fused projection has rows of its own
 
@@ -109,7 +110,7 @@ def find_layers(models):
     for network in {"diffusion", "clip"} & models.keys():
         module = next((part for part in models[network].modules() if isinstance(part, NETWORKS[network])), None)
         if module is None or any(hasattr(layer, "packed_weight") for layer in module.modules()):
-            raise ValueError(f"models[{network!r}] is packed or no {NETWORKS[network].__name__}, so that no LoRA can be "
+            raise ValueError(f"models[{network!r}] is packed or no {NETWORKS[network].__name__}, so no LoRA can be "
                              f"added; load with pack=False, add the LoRA, then pack with cpu.packed.pack")
         for name in module.state_dict():
             if not name.endswith(".weight"):
@@ -118,7 +119,8 @@ def find_layers(models):
             for names in (standard_names(network, name), diffusers_names(network, name, module.config)):
                 for part, path in enumerate(names):
                     path = path.removeprefix(PREFIXES[network]).removesuffix(".weight").replace(".", "_")
-                    layers[path] = layers[path.removeprefix("text_model_")] = Layer(network, ours, part, len(names))
+                    for spelling in (path, path.removeprefix("text_model_")):
+                        layers[spelling] = Layer(network, ours, part, len(names))
     return layers
 
 
@@ -224,7 +226,7 @@ def read_changes(models, path, scale, unet_scale, text_scale):
     for key, tensor, config in entries:
         bundled = re.fullmatch(r"bundle_emb\.([^.]+)\.(string_to_param\.)?[^.]+", key)
         if bundled and "clip" in models and tensor.shape[-1:] == (models["clip"].config.d_embed,):
-            embeddings[bundled[1]] = torch.atleast_2d(tensor).clone()  # no longer a part of the mapped file
+            embeddings[bundled[1]] = torch.atleast_2d(tensor)
             continue
         dotted, name = split_key(key)
         spelling = (dotted or "").replace(".", "_")
@@ -402,7 +404,7 @@ def find_lora(name: str, folder="data/loras") -> Path:
         if name in (file.name, file.stem) and file != folder:
             return file
     for file in files:
-        if file.suffix == ".safetensors" and read_checkpoint(file)[1].get("ss_output_name") == name:
+        if file.suffix == ".safetensors" and read_checkpoint(file, mapped=True)[1].get("ss_output_name") == name:
             return file
     here = ", ".join(file.stem for file in files[:10]) or "none"
     raise FileNotFoundError(f"{name}: no LoRA of this name in {folder}; there are: {here}")

@@ -3,7 +3,6 @@
 import copy
 import re
 
-import oracle
 import peft
 import pytest
 import torch
@@ -11,12 +10,12 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from lycoris import LycorisNetwork, create_lycoris
 from safetensors.torch import load_file, save_file
 
+import oracle
 from checkpoint_file import CheckpointError
 from clip import CLIP
 from cpu.packed import pack
-from diffusion import Diffusion
+from diffusion import Diffusion, get_time_embedding
 from extensions.lora import add_lora, find_lora, lora, parse_tags, read_changes
-from pipeline import get_time_embedding
 
 SCALES = [1.0, 0.6, -0.5]
 ATTENTION = r"attn\d\.to_(q|k|v|out\.0)$|self_attn\.(q|k|v|out)_proj$"
@@ -44,7 +43,7 @@ def theirs(oracles):
 def original(weights, oracles):
     """{diffusers' path: the original's} of the UNet's layers, by diffusers' converter."""
     prefix = "model.diffusion_model."
-    names = {tensor.data_ptr(): name.removeprefix(prefix) for name, tensor in weights.items() if name.startswith(prefix)}
+    names = {tensor.data_ptr(): name.removeprefix(prefix) for name, tensor in weights.items() if prefix in name}
     converted = oracle.single_file_utils.convert_ldm_unet_checkpoint(dict(weights), oracles["diffusion"].config)
     return {name.removesuffix(".weight"): names[tensor.data_ptr()].removesuffix(".weight")
             for name, tensor in converted.items()}
@@ -307,7 +306,7 @@ def test_folders_of_peft(own, theirs, tmp_path, kind):
 
 def randomize_adapter(model):
     generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
