@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python -m benchmarks.addons [--only lora controlnet] [--size 256]
 
-The LoRA has rank 64, in float16, for the 278 layers of the UNet that those with convolutions change. Measured is the way
-from its file to merged weights in float32: `add_lora` beside `load_lora_weights` and `fuse_lora`.
+The LoRA has rank 64, in float16, for the 278 layers of the UNet that those with convolutions change. Measured is the
+way from its file to merged weights in float32: `add_lora` beside `load_lora_weights` and `fuse_lora`.
 """
 
 import argparse
@@ -139,8 +139,8 @@ def main():
     measure.write("addons.md", f"""\
 {measure.table(header, rows)}
 
-ControlNet: pictures of {arguments.size} pixels a side. All in float32. Medians of {arguments.rounds} rounds, interleaved;
-ratios are medians of ratios within a round.
+ControlNet: pictures of {arguments.size} pixels a side. All in float32. Medians of {arguments.rounds} rounds,
+interleaved; ratios are medians of ratios within a round.
 {measure.peer_versions()}""")
 
 

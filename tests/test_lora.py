@@ -1,7 +1,9 @@
 """LoRA files of every dialect and kind, against diffusers, peft and lycoris, which read or made the same weights."""
 
 import copy
+import os
 import re
+from dataclasses import replace
 
 import peft
 import pytest
@@ -145,28 +147,28 @@ def write(path, layers, original, dialect="kohya", alpha=None, metadata=None):
     return path
 
 
-def compare_with_diffusers(own, theirs, path):
-    """Has diffusers merge a file into its networks at each scale."""
+def compare_with_diffusers(own, oracles, path):
+    """Has diffusers merge a file into its networks, at each scale."""
     scheduler = DDIMScheduler(steps_offset=1, clip_sample=False)
-    pipe = StableDiffusionPipeline(
-        vae=None, text_encoder=theirs["clip"], tokenizer=None, unet=theirs["diffusion"], scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    pipe.load_lora_weights(path)
     for scale in SCALES:
+        theirs = copy.deepcopy(oracles)
+        pipe = StableDiffusionPipeline(
+            vae=None, text_encoder=theirs["clip"], tokenizer=None, unet=theirs["diffusion"], scheduler=scheduler,
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        pipe.load_lora_weights(path)
         pipe.fuse_lora(lora_scale=scale)
         with lora(own, path, scale):
             check_outputs(own, theirs)
-        pipe.unfuse_lora()
 
 
 # ---- names
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers", "middle era", "attention processors, unet."])
-def test_the_same_as_diffusers(own, theirs, original, tmp_path, dialect):
+def test_the_same_as_diffusers(own, oracles, original, tmp_path, dialect):
     alpha = 1.5 if dialect == "kohya" else None
-    path = write(tmp_path / "lora.safetensors", random_lora(theirs), original, dialect, alpha)
-    compare_with_diffusers(own, theirs, path)
+    path = write(tmp_path / "lora.safetensors", random_lora(oracles), original, dialect, alpha)
+    compare_with_diffusers(own, oracles, path)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -249,7 +251,7 @@ def lycoris_networks(theirs, seed=0, **settings):
         network.apply_to()
         generator = torch.Generator().manual_seed(seed)
         for parameter in network.parameters():
-            bound = 0.3 if parameter.ndim > 1 and settings["algo"] != "full" else 0.03
+            bound = 0.15 if parameter.ndim > 1 and settings["algo"] != "full" else 0.03
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=bound)
         tensors |= {key: tensor.clone().contiguous() for key, tensor in network.state_dict().items()}
         networks.append(network)
@@ -334,7 +336,7 @@ def test_what_diffusers_saves_of_peft(own, theirs, tmp_path, kind):
 
 
 def test_a_narrow_first_convolution_in_an_inpainting_model(tmp_path):
-    config = oracle.replace(oracle.TINY["diffusion"], in_channels=9)
+    config = replace(oracle.TINY["diffusion"], in_channels=9)
     own = {"diffusion": oracle.randomize(Diffusion(config))}
     before = own["diffusion"].encoders[0][0].weight.clone()
     down, up = torch.randn(2, 4, 3, 3), torch.randn(32, 2, 1, 1)
@@ -485,7 +487,7 @@ def test_other_kinds_of_peft(own, theirs, tmp_path):
 
 class Attack:
     def __reduce__(self):
-        return print, ("this must not be executed",)
+        return os.system, ("echo must not",)
 
 
 def test_hostile_and_broken_files(own, oracles, original, tmp_path, capfd):
