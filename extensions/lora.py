@@ -67,7 +67,7 @@ def lora(models: dict, path, scale: float = 1.0, unet_scale: float | None = None
 def apply(changes):
     for layer, kind, change in changes:
         weight = rows(layer, kind)
-        weight.copy_(change(weight.float()))
+        weight.copy_(change(weight.float()))  # in float32 often the very same tensor, and then nothing is copied
 
 
 def rows(layer, kind):
@@ -260,8 +260,8 @@ def read_changes(models, path, scale, unet_scale, text_scale):
 
 
 def plan_change(tensors, name, config, scale, shape):
-    """Returns the function from a layer's values, float32 of this shape, to the changed ones. Raises ValueError, or
-    what PyTorch and Python raise, where the tensors do not fit."""
+    """Returns the function from a layer's values, float32 of this shape, to the changed ones, which may take their
+    place. Raises ValueError, or what PyTorch and Python raise, where the tensors do not fit."""
     parts = {key: tensor for key, tensor in tensors.items() if key not in ("alpha", "scale")}
     norms, peft_norms = parts.pop("dora_scale", None), parts.pop("lora_magnitude_vector", None)
     kind = next((kind for mark, kind in KINDS.items() if any(key.startswith(mark) for key in parts)), None)
@@ -288,8 +288,8 @@ def plan_change(tensors, name, config, scale, shape):
         delta = delta.reshape(weight.shape)
         if norms is not None:  # a scale as the web UIs mean it
             return weight + scale * (set_norms(weight + factor * delta, to(norms)) - weight)
-        changed = torch.add(weight, delta, alpha=scale * factor)
-        return changed if peft_norms is None else set_norms(changed, to(peft_norms))
+        weight.add_(delta, alpha=scale * factor)
+        return weight if peft_norms is None else set_norms(weight, to(peft_norms))
 
     return change
 
