@@ -113,6 +113,9 @@ def check(arguments):
     within("seed", 0, 2**63 - arguments.count)
     require(arguments.strength is None or 0 < arguments.strength <= 1,
             f"--strength is {arguments.strength}; it must lie in (0, 1]")
+    if arguments.plain_prompt:
+        require(not arguments.embedding and arguments.clip_skip is None,
+                "--plain-prompt takes prompts to the letter; leave out --embedding and --clip-skip, or it")
     for name in ("strength", "resize", "mask", "outpaint"):
         if getattr(arguments, name) is not None:
             require(arguments.input_image, f"--{name} needs a picture: name it with --input-image")
@@ -134,10 +137,10 @@ def say(text):
 
 def tell_words(arguments):
     import model_loader
-    from checkpoint_file import read_metadata
+    from checkpoint_file import read_checkpoint
 
     checkpoint = arguments.checkpoint or model_loader.find_checkpoint()
-    words = read_metadata(checkpoint).get("words")
+    words = read_checkpoint(checkpoint, mapped=True)[1].get("words")
     if not words:
         raise ValueError(f"{checkpoint} does not say which words it knows; the model in the box does")
     say(words)
@@ -231,6 +234,9 @@ def read_settings(arguments):
 
     if settings["sampler_name"] not in SAMPLERS:
         raise ValueError(f"--sampler is {settings['sampler_name']!r}; known are {', '.join(SAMPLERS)}")
+    takes_karras = settings["sampler_name"] in ("euler", "euler_a", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde")
+    if settings["schedule"] == "karras" and not takes_karras:
+        raise ValueError(f"--schedule is karras, which --sampler {settings['sampler_name']} does not take; euler does")
     if settings["schedule"] not in (None, "karras"):
         raise ValueError(f"{arguments.like} has the schedule {settings['schedule']!r}, which there is not here; give "
                          f"--schedule karras, or a picture that was drawn otherwise")
@@ -250,9 +256,10 @@ def load(checkpoint, device, dtype, arguments, settings):
     from extensions.textual_inversion import find_embeddings, load_embedding
 
     loras = find_loras(arguments, settings)
+    changes_weights = bool(loras or arguments.control)  # which is done before packing
     pack = model_loader.pays_to_pack(checkpoint, device, dtype)
     models = model_loader.preload_models_from_standard_weights(
-        checkpoint, device, dtype, use_ema=bool(settings["use_ema"]), pack=pack and not loras,
+        checkpoint, device, dtype, use_ema=bool(settings["use_ema"]), pack=pack and not changes_weights,
         compile=arguments.compile, vae=arguments.vae, prediction=settings["prediction"])
 
     embeddings = find_embeddings(model_loader.ROOT / "data" / "embeddings")
@@ -265,15 +272,18 @@ def load(checkpoint, device, dtype, arguments, settings):
 
         for path, unet_scale, text_scale in loras:
             embeddings |= add_lora(models, path, unet_scale=unet_scale, text_scale=text_scale)
-        if pack:
-            models = {name: packed.pack(network) for name, network in models.items()}
-    if arguments.control:
-        from extensions.controlnet import Controlled, load_controlnet
+    controls = []
+    for file, text in arguments.control:
+        from extensions.controlnet import load_controlnet
 
-        controls = []
-        for file, text in arguments.control:
-            image, scale = split_scale(text)
-            controls.append((load_controlnet(file, device, dtype, base=models), image, scale))
+        image, scale = split_scale(text)
+        controls.append((load_controlnet(file, device, dtype, base=models), image, scale))
+    if pack and changes_weights:
+        models = {name: packed.pack(network) for name, network in models.items()}
+        controls = [(packed.pack(controlnet), image, scale) for controlnet, image, scale in controls]
+    if controls:
+        from extensions.controlnet import Controlled
+
         models["diffusion"] = Controlled(models["diffusion"], controls)
     if settings["cache_interval"] != 1:
         from extensions.deep_cache import DeepCache
@@ -315,8 +325,10 @@ def draw_one(models, embeddings, arguments, settings, seed):
 
     options = {name: settings[name] for name in ("n_inference_steps", "height", "width")}
     options |= {"models": models, "seed": seed, "cfg_scale": guidance(settings)}
-    options["sampler"] = SAMPLERS[settings["sampler_name"]](
-        **{"use_karras_sigmas": True} if settings["schedule"] == "karras" else {})
+    if settings["schedule"] == "karras":
+        options["sampler"] = SAMPLERS[settings["sampler_name"]](use_karras_sigmas=True)
+    else:  # by name, so that a checkpoint's own noise schedule is obeyed
+        options["sampler_name"] = settings["sampler_name"]
     prompt, uncond_prompt = settings["prompt"], settings["uncond_prompt"]
     if settings["plain_prompt"]:
         options |= {"prompt": prompt, "uncond_prompt": uncond_prompt}
@@ -354,6 +366,7 @@ def describe(arguments, settings):
     """Returns all that changes the picture, for the text in its file."""
     settings = {name: value for name, value in settings.items() if name not in ("untagged_prompt", "loras", "height",
                                                                                 "width", "plain_prompt")}
+    settings["schedule"] = settings["schedule"] and settings["schedule"].capitalize()
     settings["clip_skip"] = settings["clip_skip"] if settings["clip_skip"] > 1 else None
     settings["cache_interval"] = settings["cache_interval"] if settings["cache_interval"] > 1 else None
     settings["use_ema"] = settings["use_ema"] or None

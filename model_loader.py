@@ -136,9 +136,11 @@ def save_checkpoint(models: dict[str, nn.Module], path, overwrite: bool = False)
 
     Raises:
         FileExistsError: there is such a file.
-        ValueError: a network is packed, missing, or not one of SD 1.x.
+        ValueError: a network is packed, missing, or not one of SD 1.x; or the name does not end in .safetensors.
     """
     path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: checkpoints are written as safetensors; give a name that ends in .safetensors")
     check_new(path, overwrite)
     configs, state_dicts = take_apart(models)
     weights = {name: tensor.cpu() for name, tensor in to_standard_weights(state_dicts).items()}
