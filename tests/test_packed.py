@@ -1,7 +1,7 @@
+"""Packed networks against plain ones, which the other tests hold to diffusers."""
+
 import copy
 import pickle
-
-"""Packed networks against plain ones, which the other tests hold to diffusers."""
 
 import pytest
 import torch
