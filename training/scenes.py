@@ -178,6 +178,7 @@ class Grammar:
         styles_held_out, _ = emoji.read_held_out()
         self.styles = [[s for s in drawings.styles if (t.drawing, s) in self.row and (t.drawing, s) not in styles_held_out]
                        for t in self.world]
+        self.all_styles = [[s for s in drawings.styles if (t.drawing, s) in self.row] for t in self.world]
         self.backgrounds = [*emoji.COLOURS, *PLACES]
         self.newcomers = {line.strip().lower() for line in NEWCOMERS.read_text().splitlines()}
 
@@ -220,7 +221,8 @@ class Grammar:
         background = "white"
         if rng.random() < {"whole": 0.4, "position": 0.15, "count": 0.15, "pair": 0.15}[kind]:
             background = rng.choice(list(PLACES) if rng.random() < 0.55 else list(emoji.COLOURS))
-        style = rng.choice([s for s in self.drawings.styles if all(s in self.styles[thing] for thing in things)] or [""])
+        styles = [s for s in self.drawings.styles if all(s in self.styles[thing] for thing in things)] or [""]
+        style = rng.choice(styles if kind == "whole" else styles[:1])  # small things in one style are learnt sooner
         return Scene(things, colours, layout, background, style, names_style=kind == "whole" and rng.random() < 0.25,
                      big=kind == "whole" and rng.random() < 0.12)
 
@@ -330,10 +332,10 @@ def article(text: str) -> str:
 def recolour(rgba: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
     """Gives a drawing one colour and keeps its light and shade.
 
-    The median brightness of its opaque pixels becomes the colour; darker pixels go to black, brighter ones to white.
+    The median brightness of its pixels becomes the colour; darker pixels go to black, brighter ones to white.
     """
     light = rgba[..., :3] @ np.array([0.299, 0.587, 0.114], dtype=np.float32) / 255
-    median = np.clip(np.median(light[rgba[..., 3] > 128]), 0.15, 0.9)
+    median = np.clip(np.median(light[rgba[..., 3] > rgba[..., 3].max() / 2]), 0.15, 0.9)
     colour = np.array(colour, dtype=np.float32)
     dark = np.clip(light / median, 0, 1)[..., None]
     bright = np.clip((light - median) / (1 - median), 0, 1)[..., None]

@@ -71,9 +71,10 @@ class Settings:
 
 SETTINGS = {
     "vae": Settings(steps=1200, batch=8, learning_rate=5e-4, decay=0.6, ema=0.99, report_every=400),
-    "diffusion": Settings(steps=12000, batch=16, learning_rate=7e-4),
-    "decoder": Settings(steps=1500, batch=8, learning_rate=5e-4, decay=0.6, ema=0.99, report_every=400),
+    "diffusion": Settings(steps=2150, batch=16, learning_rate=7e-4, ema=0.998, save_every=48),
+    "decoder": Settings(steps=280, batch=8, learning_rate=4e-4, warmup=20, decay=0.7, ema=0.98, save_every=20),
 }
+N_STATISTICS = 256  # scenes from which the scale of latents is taken
 
 
 def load_grammar():
@@ -308,12 +309,12 @@ def train(name, settings, grammar, runs):
         loss = stage.loss(step, settings.batch, generator)
         optimizer.zero_grad()
         loss.backward()
-        if processes > 1:
-            average_gradients(weights.values())
         nn.utils.clip_grad_norm_(weights.values(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings) * group["share"]
         optimizer.step()
+        if processes > 1 and step % 8 == 7:
+            average(weights.values())
         if rank > 0:
             continue
         decay = min(settings.ema, (1 + step) / (10 + step))
@@ -332,14 +333,15 @@ def train(name, settings, grammar, runs):
     return stage.modules.eval()
 
 
-def average_gradients(weights):
-    """The mean over all processes, in one message."""
-    gradients = [weight.grad for weight in weights]
-    message = torch.cat([gradient.flatten() for gradient in gradients])
+@torch.no_grad()
+def average(weights):
+    """The mean over all processes, in one message: local SGD (1805.09767), in which no process waits at every step."""
+    weights = list(weights)
+    message = torch.cat([weight.flatten() for weight in weights])
     distributed.all_reduce(message)
     message /= distributed.get_world_size()
-    for gradient, part in zip(gradients, message.split([gradient.numel() for gradient in gradients])):
-        gradient.copy_(part.view_as(gradient))
+    for weight, part in zip(weights, message.split([weight.numel() for weight in weights])):
+        weight.copy_(part.view_as(weight))
 
 
 def make_optimizer(stage, settings):
@@ -418,7 +420,7 @@ def load_vae(grammar):
     """
     modules = load_stage("vae", grammar)
     encoder, decoder = modules["encoder"], modules["decoder"]
-    images = draw_scenes(grammar, random.Random(-2), 256)
+    images = draw_scenes(grammar, random.Random(-2), N_STATISTICS)
     with torch.no_grad():
         latents = torch.cat([encoder.moments(part)[0] for part in images.split(16)])
         mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)) * LATENT_SCALE
