@@ -5,8 +5,8 @@ import random
 import numpy as np
 import pytest
 import torch
-
 from test_scenes import drawings, grammar  # noqa: F401  (fixtures)
+
 from training import evaluate, scenes
 
 

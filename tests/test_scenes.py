@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from test_emoji import drawings  # noqa: F401  (a fixture)
+
 from training import emoji, scenes
 
 
 @pytest.fixture
 def grammar(drawings, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(emoji, "read_held_out", lambda path=None: ({("opal disc", "named")}, set()))
+    monkeypatch.setattr(emoji, "read_held_out", lambda path=None: {("opal disc", "named")})
     world = [scenes.Thing("red square", "square", "squares", ("box",)), scenes.Thing("opal disc", "disc", "discs", ()),
              scenes.Thing("bars", "bars", "", ())]
     return scenes.Grammar(drawings, world)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from test_scenes import drawings, grammar  # noqa: F401  (fixtures)
 
 import model_loader
 import oracle
 from model_converter import to_standard_weights
 from pipeline import generate
-from test_scenes import drawings, grammar  # noqa: F401  (fixtures)
 from training import store, train
 
 
@@ -121,7 +121,7 @@ def test_folding_gives_latents_unit_scale_and_changes_no_picture(small, monkeypa
     torch.manual_seed(0)
     modules = torch.nn.ModuleDict({"encoder": oracle.randomize(train.VAE_Encoder(train.ENCODER_CONFIG)),
                                    "decoder": oracle.randomize(train.VAE_Decoder(train.DECODER_CONFIG))})
-    monkeypatch.setattr(train, "load_stage", lambda name, grammar: modules)
+    monkeypatch.setattr(train, "load_stage", lambda name, _: modules)
     images = train.draw_scenes(small, random.Random(-2), train.N_STATISTICS)
     with torch.no_grad():
         modules["encoder"].quant_conv.bias += torch.arange(8.0)

@@ -2,8 +2,8 @@
 
     python -m training.evaluate [--checkpoint data/emoji.safetensors] [--prompts 40]
 
-Writes training/results/evaluation.md and sheets of pictures beside it. A picture is judged by the real rendering that is
-nearest to it (L2), among those of *all* combinations of its kind, so that chance is known:
+Writes training/results/evaluation.md and sheets of pictures beside it. A picture is judged by the real rendering that
+is nearest to it (L2), among those of *all* combinations of its kind, so that chance is known:
 
 - `colour`: every thing in every colour and style. Picture and renderings are cut to what is on white, and scaled alike.
 - `position`: the same for the thing; the middle of what is on white is nearest to one of the nine places.
@@ -34,7 +34,7 @@ from training import scenes
 from training.train import MODEL, ROOT, draw_scenes, load_grammar
 
 RESULTS = ROOT / "training" / "results"
-STEPS, BATCH = 20, 20
+STEPS, BATCH = 15, 20
 KINDS = ("colour", "position", "count", "pair", "background")
 
 
@@ -97,7 +97,8 @@ class Judge:
                             continue
                         answer = {"thing": (thing,), "colour": (thing, colour), "count": (thing, layout),
                                   "background": (thing, background)}[kind]
-                        drawn += [(answer, self.grammar.draw(rng, scene)) for _ in range(2)]
+                        times = 1 if kind == "background" else 2
+                        drawn += [(answer, self.grammar.draw(rng, scene)) for _ in range(times)]
             pictures = np.stack([picture for _, picture in drawn])
             features = cut(pictures) if kind in ("thing", "colour") else small(pictures)
             self.known[kind] = [answer for answer, _ in drawn], features
@@ -241,22 +242,28 @@ def more(models, tokenizer, grammar, judge, cfg_scale, n):
 
     pictures = small(draw(["a cat", "a car", "a tree", "a star"] * 8, models, tokenizer, cfg_scale))
     pairs = [torch.pdist(pictures[k::4]).mean().item() for k in range(4)]
-    names = [next(k for k, t in enumerate(grammar.world) if t.singular == name) for name in ("cat", "car", "tree", "star")]
-    real = [torch.pdist(small(np.stack([grammar.draw(rng, scenes.Scene((k,), (None,), style=rng.choice(grammar.styles[k])))
-                                        for _ in range(8)]))).mean().item() for k in names]
+    real = []
+    for name in ("cat", "car", "tree", "star"):
+        thing = [t.singular for t in grammar.world].index(name)
+        drawn = [grammar.draw(rng, scenes.Scene((thing,), (None,), style=rng.choice(grammar.styles[thing])))
+                 for _ in range(8)]
+        real.append(torch.pdist(small(np.stack(drawn))).mean().item())
     images = draw_scenes(grammar, random.Random(-3), 100)
     error = ((round_trip(images, models) - images) ** 2).mean(dim=(1, 2, 3))
     colours = torch.tensor(list(scenes.emoji.COLOURS.values()))[:, :, None, None].expand(-1, -1, 128, 128) / 127.5 - 1
     deviation = (round_trip(colours, models) - colours).abs().mean(dim=(1, 2, 3)) * 127.5
-    return [*lines, "", f"Variety: eight seeds of a prompt are {np.mean(pairs):.2f} apart on average (L2 at 32x32), eight real "
-            f"scenes {np.mean(real):.2f}.", "", f"Autoencoder: PSNR {(10 * (4 / error).log10()).mean():.2f} dB on 100 fresh "
-            f"scenes; plain colours come back within {deviation.max():.1f} grey levels on average, "
-            f"white within {deviation[0]:.1f}."]
+    psnr = (10 * (4 / error).log10()).mean()
+    variety = (f"Variety: eight seeds of a prompt are {np.mean(pairs):.2f} apart on average (L2 at 32x32), "
+               f"eight real scenes {np.mean(real):.2f}.")
+    autoencoder = (f"Autoencoder: PSNR {psnr:.2f} dB on 100 fresh scenes; plain colours come back within "
+                   f"{deviation.max():.1f} grey levels on average, white within {deviation[0]:.1f}.")
+    return [*lines, "", variety, "", autoencoder]
 
 
 def round_trip(images, models):
     """Images in [-1, 1], encoded to the mean, decoded and rounded to 8 bits."""
-    decoded = [models["decoder"](models["encoder"](part, torch.zeros(len(part), 4, 16, 16))) for part in images.split(BATCH)]
+    decoded = [models["decoder"](models["encoder"](part, torch.zeros(len(part), 4, 16, 16)))
+               for part in images.split(BATCH)]
     return ((torch.cat(decoded).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
@@ -292,8 +299,9 @@ def main():
     models = model_loader.preload_models_from_standard_weights(arguments.checkpoint, "cpu", "float32")
     tables = evaluate(models, model_loader.load_tokenizer(), load_grammar(), arguments.prompts, arguments.cfg_scale)
     text = (f"# `{arguments.checkpoint.name}`, {arguments.checkpoint.stat().st_size / 1e6:.1f} MB\n\n"
-            f"By `python -m training.evaluate`: dpmpp_2m, {STEPS} steps, seeds from 0, cfg_scale {arguments.cfg_scale:g} where "
-            f"none is named.\nHow a picture is judged stands at the top of `training/evaluate.py`.\n\n{tables}\n")
+            f"By `python -m training.evaluate`: dpmpp_2m, {STEPS} steps, seeds from 0, cfg_scale "
+            f"{arguments.cfg_scale:g} where none is named.\nHow a picture is judged stands at the top of "
+            f"`training/evaluate.py`.\n\n{tables}\n")
     write("evaluation.md", lambda path: path.write_text(text))
     print(text)
 

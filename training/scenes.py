@@ -11,6 +11,7 @@ import hashlib
 import random
 import re
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -83,12 +84,13 @@ WHERE = {
                      ["in the lower right corner"]),
 }
 PAIRS = {
-    "left of": (["{a} to the left of {b}", "{a} left of {b}", "{a} on the left of {b}", "{a} on the left and {b} on the "
-                 "right", "{a} and {b}", "{a} and {b}", "{a} next to {b}", "{a} beside {b}", "{a} with {b}",
+    "left of": (["{a} to the left of {b}", "{a} left of {b}", "{a} on the left of {b}",
+                 "{a} on the left and {b} on the right", "{a} and {b}", "{a} and {b}",
+                 "{a} next to {b}", "{a} beside {b}", "{a} with {b}",
                  "{a} with {b} on the right"],
                 ["on the left {a}, on the right {b}", "{a} at the left side of {b}"]),
-    "right of": (["{a} to the right of {b}", "{a} right of {b}", "{a} on the right of {b}", "{a} on the right and {b} on "
-                  "the left", "{a} to the right of {b}", "{a} with {b} on the left"],
+    "right of": (["{a} to the right of {b}", "{a} right of {b}", "{a} on the right of {b}",
+                  "{a} on the right and {b} on the left", "{a} to the right of {b}", "{a} with {b} on the left"],
                  ["on the right {a}, on the left {b}", "{a} at the right side of {b}"]),
     "above": (["{a} above {b}", "{a} over {b}", "{a} on top of {b}", "{a} at the top and {b} at the bottom",
                "{a} with {b} below"],
@@ -175,10 +177,10 @@ class Grammar:
         self.world = read_world() if world is None else world
         self.row = {(drawings.concepts[c], drawings.styles[s]): row
                     for row, (c, s) in enumerate(zip(drawings.concept.tolist(), drawings.style.tolist()))}
-        styles_held_out, _ = emoji.read_held_out()
-        self.styles = [[s for s in drawings.styles if (t.drawing, s) in self.row and (t.drawing, s) not in styles_held_out]
-                       for t in self.world]
-        self.all_styles = [[s for s in drawings.styles if (t.drawing, s) in self.row] for t in self.world]
+        held_out = emoji.read_held_out()
+        self.all_styles = [[s for s in drawings.styles if (thing.drawing, s) in self.row] for thing in self.world]
+        self.styles = [[s for s in styles if (thing.drawing, s) not in held_out]
+                       for thing, styles in zip(self.world, self.all_styles)]
         self.backgrounds = [*emoji.COLOURS, *PLACES]
         self.newcomers = {line.strip().lower() for line in NEWCOMERS.read_text().splitlines()}
 
@@ -207,7 +209,7 @@ class Grammar:
         texts = [name for thing in self.world for name in (thing.singular, thing.plural, *thing.synonyms)]
         texts += [text for part in (*PLACES.values(), PLAIN, FRAMES, *WHERE.values(), *PAIRS.values(), STYLE)
                   for text in part[TRAINED]]
-        texts += [*OBJECT_COLOURS, *emoji.COLOURS, *sum(OTHER_SPELLINGS.values(), []), *sum(COUNTS.values(), [])]
+        texts += [*OBJECT_COLOURS, *emoji.COLOURS, *chain(*OTHER_SPELLINGS.values()), *chain(*COUNTS.values())]
         texts += [*SMALL, *BIG, *NICE, *self.drawings.styles, "a", "an"]
         return sorted(set(re.findall(r"[a-z0-9'-]+", re.sub(r"{\w+}", " ", " ".join(texts)))))
 
@@ -279,8 +281,7 @@ class Grammar:
             x, a = self.noun(rng, scene, 0, size, plural=scene.layout in COUNTS)
             if scene.layout in COUNTS:
                 x, a = f"{rng.choice(COUNTS[scene.layout])} {x}", ""
-            frames = FRAMES if scene.layout not in COUNTS else [[f for f in part if "the {x}" not in f] for part in FRAMES]
-            text = pick["frame"](frames).format(x=x, a_x=a + x)
+            text = pick["frame"](FRAMES).format(x=x, a_x=a + x)
             if scene.layout in POSITIONS:
                 text = f"{text} {pick['layout'](WHERE[scene.layout])}".strip()
         if scene.background in PLACES:
