@@ -1,27 +1,54 @@
-# make demo    draws a picture      (PROMPT="a red apple" CHECKPOINT=path/to/an/sd1x.safetensors)
-# make test    runs the tests
-# Both set up a virtual environment in .venv first.
+# One virtual environment, .venv, is set up and, if it is broken, repaired on the way to whatever is asked for.
 
 PYTHON ?= python3
 PROMPT ?= a red apple
 CHECKPOINT ?=
+export PROMPT_AS_TYPED := $(value PROMPT)
+export CHECKPOINT_AS_TYPED := $(value CHECKPOINT)
+
+KNOWN := PYTHON PROMPT CHECKPOINT
+UNKNOWN := $(filter-out $(KNOWN),$(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name))))
+ifneq ($(strip $(UNKNOWN)),)
+$(error unknown: $(strip $(UNKNOWN)); there are $(KNOWN), as in make demo PROMPT="a green apple")
+endif
+
+PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
+IS_NEW_ENOUGH = import sys; sys.version_info < (3, 11) and sys.exit(f'error: Python 3.11 or later is needed; $(PYTHON) is \
+{sys.version.split()[0]}: make PYTHON=python3.11')
+IS_WHOLE = import sys, pip; sys.exit(sys.version_info < (3, 11) or sys.prefix == sys.base_prefix)
+
+help:
+	@echo 'make demo       draws a picture: make demo PROMPT="a green apple" CHECKPOINT=path/to/an/sd1x.safetensors'
+	@echo 'make notebook   opens demo.ipynb in Jupyter'
+	@echo 'make test       runs the tests'
+	@echo 'make lint       runs ruff'
+	@echo 'All set up a virtual environment in .venv first; PYTHON=python3.11 names the Python to do it with.'
 
 demo: .venv/ready
-	@.venv/bin/python pipeline.py "$(PROMPT)" $(if $(CHECKPOINT),--checkpoint "$(CHECKPOINT)") \
+	@.venv/bin/python cli.py "$$PROMPT_AS_TYPED" $${CHECKPOINT_AS_TYPED:+--checkpoint "$$CHECKPOINT_AS_TYPED"} \
 		--sampler ddim --steps 25 --cfg-scale 4 --seed 42 --output demo.png --overwrite
+
+notebook: .venv/ready-notebook
+	.venv/bin/python -m notebook demo.ipynb
 
 test: .venv/ready-dev
 	.venv/bin/python -m pytest
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+lint: .venv/ready-dev
+	.venv/bin/python -m ruff check .
 
-.venv/ready: requirements.txt | .venv/bin/python
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+.venv/ready: requirements.txt
+	@$(PYTHON) -c "$(IS_NEW_ENOUGH)"
+	@.venv/bin/python -c "$(IS_WHOLE)" 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	$(PIP) -r requirements.txt
 	@touch $@
 
 .venv/ready-dev: requirements-dev.txt .venv/ready
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	@touch $@
 
-.PHONY: demo test
+.venv/ready-notebook: requirements-notebook.txt .venv/ready
+	$(PIP) -r requirements-notebook.txt
+	@touch $@
+
+.PHONY: help demo notebook test lint

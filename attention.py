@@ -1,72 +1,40 @@
 """Multi-head attention, the operation shared by the text encoder, the autoencoder and the UNet.
 
-Attention Is All You Need (arXiv 1706.03762), eq. 1: softmax(Q Kᵀ / sqrt(d_head)) V.
+Attention Is All You Need (arXiv 1706.03762), section 3.2.
 """
 
-import math
-
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-BLOCK = 512  # queries at a time on the CPU: their weights stay in the cache
-MARGIN = 64  # how far below 0 the scores of `attend_in_blocks` are shifted
 
-
-def attend(q, k, v, causal=False):
+def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
     """softmax(q kᵀ / sqrt(d_head)) v, eq. 1.
 
+    Written out, for a mask that is 0 where a token may look and -infinity where it may not, this is
+
+        scores = q @ k.transpose(-1, -2) / d_head**0.5 + mask        # (batch, heads, tokens, context tokens)
+        return scores.softmax(dim=-1) @ v
+
+    PyTorch's fused call computes the same without ever holding all the scores.
+
     Args:
-        q: (batch, heads, tokens, d_head).
-        k, v: (batch, heads, context tokens, d_head).
+        q: (batch, heads, tokens, d_head), the queries.
+        k, v: (batch, heads, context tokens, d_head), the keys and values.
         causal: whether to hide the tokens that come later.
 
     Returns:
         (batch, heads, tokens, d_head). Memory is linear in the number of tokens.
     """
-    in_blocks = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] > BLOCK
-    if in_blocks and not causal and not torch.is_grad_enabled() and onednn_computes(q.dtype):
-        return attend_in_blocks(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
-def onednn_computes(dtype):
-    """Returns whether oneDNN, which is in most builds of PyTorch, computes in a dtype on this processor."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def attend_in_blocks(q, k, v):
-    """`attend` with plain products of bfloat16, for thousands of tokens on the CPU: PyTorch's own takes 1.6 times as long.
-
-    Far below 0, sigmoid is exp, and oneDNN computes it on the way out of a product, before the result is rounded. Softmax
-    stays the same when a query's scores are all shifted, so they are shifted there, within the product: by MARGIN more
-    than the largest among some 64 keys. The sums to divide by come from ones beside the values. Where they say that a
-    score was too large for this, by 55 or more, or beyond what bfloat16 can shift, PyTorch attends.
-    """
-    d_head = q.shape[-1]
-    pad = 16 - d_head % 16  # at least 1, for the shift and the ones; without a remainder for the vector units
-    padded_q, padded_k, padded_v = (F.pad(x, (0, pad)) for x in (q * d_head**-0.5, k, v))
-    padded_q[..., d_head] = -MARGIN - (padded_q @ padded_k[:, :, :: k.shape[2] // 64].mT).amax(-1)
-    padded_k[..., d_head] = padded_v[..., d_head] = 1
-    for q_head, k_head, v_head in zip(*(x.flatten(0, 1) for x in (padded_q, padded_k, padded_v))):
-        for block in q_head.split(BLOCK):
-            weights = torch.ops.mkldnn._linear_pointwise(block, k_head, None, "sigmoid", [], "")
-            torch.mm(weights, v_head, out=block)  # in the place of the queries, to save memory
-    sums = padded_q[..., d_head:d_head + 1]
-    if sums.min() > math.exp(-MARGIN - 8) and sums.max() < math.exp(-8):
-        return padded_q[..., :d_head] / sums
-    return F.scaled_dot_product_attention(q, k, v)
-
-
-def split_heads(x, n_heads):
-    """(batch, tokens, channels) -> (batch, heads, tokens, channels / heads)"""
+def split_heads(x: Tensor, n_heads: int) -> Tensor:
+    """Returns (batch, tokens, channels) as (batch, heads, tokens, channels / heads)."""
     return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
 
-def merge_heads(x):
-    """(batch, heads, tokens, channels / heads) -> (batch, tokens, channels)"""
+def merge_heads(x: Tensor) -> Tensor:
+    """Returns (batch, heads, tokens, channels / heads) as (batch, tokens, channels)."""
     return x.transpose(1, 2).flatten(-2)
 
 
@@ -79,16 +47,18 @@ class SelfAttention(nn.Module):
         in_proj_bias: whether the projection to queries, keys and values has a bias.
     """
 
-    def __init__(self, n_heads, d_embed, in_proj_bias=True):
+    attend = staticmethod(attend)
+
+    def __init__(self, n_heads: int, d_embed: int, in_proj_bias: bool = True):
         super().__init__()
         self.n_heads = n_heads
         self.in_proj = nn.Linear(d_embed, 3 * d_embed, bias=in_proj_bias)  # queries, keys, values in one product
         self.out_proj = nn.Linear(d_embed, d_embed)
 
-    def forward(self, x, causal=False):
-        """(batch, tokens, channels) -> the same shape; `causal` hides the tokens that come later."""
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """(batch, tokens, d_embed) -> the same shape; `causal` hides the tokens that come later."""
         q, k, v = (split_heads(part, self.n_heads) for part in self.in_proj(x).chunk(3, dim=-1))
-        return self.out_proj(merge_heads(attend(q, k, v, causal)))
+        return self.out_proj(merge_heads(self.attend(q, k, v, causal)))
 
 
 class CrossAttention(nn.Module):
@@ -100,7 +70,7 @@ class CrossAttention(nn.Module):
         d_cross: channels of the context's tokens.
     """
 
-    def __init__(self, n_heads, d_embed, d_cross):
+    def __init__(self, n_heads: int, d_embed: int, d_cross: int):
         super().__init__()
         self.n_heads = n_heads
         self.q_proj = nn.Linear(d_embed, d_embed, bias=False)
@@ -108,7 +78,7 @@ class CrossAttention(nn.Module):
         self.v_proj = nn.Linear(d_cross, d_embed, bias=False)
         self.out_proj = nn.Linear(d_embed, d_embed)
 
-    def forward(self, x, context):
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x (batch, tokens, d_embed), context (batch, context tokens, d_cross) -> the shape of x"""
         q = split_heads(self.q_proj(x), self.n_heads)
         k = split_heads(self.k_proj(context), self.n_heads)

@@ -18,6 +18,7 @@ class CLIPConfig:
     d_mlp: int = 3072
     n_layers: int = 12
     n_heads: int = 12
+    words: tuple[str, ...] = ()  # the words it was trained on, where these are few
 
 
 class CLIPLayer(nn.Module):
@@ -46,7 +47,8 @@ class CLIP(nn.Module):
         self.config = config
         # Zeros, as weights come from a checkpoint: drawing random ones takes seconds, on the meta device too.
         self.token_embedding = nn.Embedding.from_pretrained(torch.zeros(config.n_vocab, config.d_embed), freeze=False)
-        self.position_embedding = nn.Embedding.from_pretrained(torch.zeros(config.n_tokens, config.d_embed), freeze=False)
+        self.position_embedding = nn.Embedding.from_pretrained(
+            torch.zeros(config.n_tokens, config.d_embed), freeze=False)
         self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.n_layers))
         self.final_norm = nn.LayerNorm(config.d_embed)
 
@@ -59,7 +61,19 @@ class CLIP(nn.Module):
         Returns:
             (batch, tokens, d_embed) in the dtype of the weights.
         """
-        x = self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
-        for layer in self.layers:
+        return self.transform(self.token_embedding(tokens))
+
+    def transform(self, x, n_layers=None):
+        """Encodes tokens that are vectors already.
+
+        Args:
+            x: (batch, tokens, d_embed), rows of the token embedding or what stands for them.
+            n_layers: how many of the layers to go through before the last norm; None is all.
+
+        Returns:
+            (batch, tokens, d_embed) in the dtype of the weights.
+        """
+        x = x + self.position_embedding.weight[: x.shape[1]]
+        for layer in self.layers[:n_layers]:
             x = layer(x)
         return self.final_norm(x)

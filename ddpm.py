@@ -7,6 +7,7 @@ The paper counts t from 1, code counts from 0. `alphas_cumprod[t]` is ᾱ_t; lat
 
 from itertools import pairwise
 from math import ceil, sqrt
+from numbers import Integral, Real
 
 import numpy as np
 import torch
@@ -16,6 +17,37 @@ def get_alphas_cumprod(num_training_steps=1000, beta_start=0.00085, beta_end=0.0
     """ᾱ_t, a float64 array (num_training_steps,), for the β of Stable Diffusion's training: sqrt(β) is linear in t."""
     betas = np.linspace(beta_start**0.5, beta_end**0.5, num_training_steps) ** 2
     return np.cumprod(1.0 - betas)
+
+
+def rescale_alphas_cumprod(alphas_cumprod):
+    """The schedule stretched so that its last timestep is noise alone: Lin et al. 2023 (arXiv 2305.08891), algorithm 1.
+
+    But the last ᾱ is 2⁻²⁴ and not 0, where no ε could say what x_0 is, as in diffusers' samplers that work on σ.
+    """
+    roots = np.sqrt(alphas_cumprod)
+    rescaled = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+    rescaled[-1] = 2.0**-24
+    return rescaled
+
+
+def eps_from_v(v, latents, alpha_bar):
+    """The noise ε that a predicted velocity v implies: Salimans & Ho 2022 (arXiv 2202.00512), appendix D.
+
+    v = sqrt(ᾱ) ε - sqrt(1 - ᾱ) x_0, and latents (of the same shape) = sqrt(ᾱ) x_0 + sqrt(1 - ᾱ) ε.
+    """
+    return sqrt(alpha_bar) * v + sqrt(1 - alpha_bar) * latents
+
+
+def rescale_guidance(guided, cond, guidance_rescale):
+    """Guided predictions with their spread brought back towards that of the prompt's alone: Lin et al. 2023
+    (arXiv 2305.08891), section 3.4. Without it, guidance overexposes pictures of a zero_terminal_snr model.
+
+    guided, cond: (batch, 4, h, w), what the model predicts (v, if it predicts that) with guidance, and for the prompts.
+    guidance_rescale: 0 (none) to 1; the paper finds 0.7 best.
+    """
+    dims = tuple(range(1, cond.ndim))
+    rescaled = guided * (cond.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
+    return guidance_rescale * rescaled + (1 - guidance_rescale) * guided
 
 
 def space_timesteps(n, num_training_steps, timestep_spacing, steps_offset):
@@ -42,10 +74,11 @@ def draw_noise(generator, shape, device="cpu", dtype=torch.float32):
     generator k alone, so that a picture does not change with the batch that it is drawn in.
     """
     if not isinstance(generator, (list, tuple)):
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(device, dtype, non_blocking=True)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return noise.to(device, dtype, non_blocking=True)
     if len(generator) != shape[0]:
         raise ValueError(f"{len(generator)} generators for {shape[0]} rows of latents: pass one a row, or a single one")
-    rows = [torch.randn(1, *shape[1:], generator=g, dtype=torch.float32) for g in generator]
+    rows = [torch.randn(1, *shape[1:], generator=g, dtype=torch.float32, device="cpu") for g in generator]
     return torch.cat(rows).to(device, dtype, non_blocking=True)
 
 
@@ -63,6 +96,8 @@ class DDPMSampler:
     generator: where noise comes from, see draw_noise.
     timestep_spacing: "leading", "trailing" or "linspace".
     steps_offset: added to all timesteps of "leading" spacing; SD 1.5's published scheduler has 1.
+    rescale_zero_terminal_snr: whether the schedule ends in noise alone, see rescale_alphas_cumprod; "trailing" spacing
+    starts there.
 
     Samplers that build a step on those before it (in_order) want their timesteps in turn, though a run may be dropped
     and started over at any time; the others take a timestep whenever it comes. Whatever cannot be right (a setting, a
@@ -73,10 +108,11 @@ class DDPMSampler:
     keep the latents' dtype, and no value is read back from the device.
     """
 
+    name, label = "ddpm", "DDPM"  # as `samplers.SAMPLERS` and web UIs call it
     in_order = False
 
-    def __init__(self, generator, num_training_steps=1000, beta_start=0.00085, beta_end=0.0120,
-                 timestep_spacing="leading", steps_offset=1):
+    def __init__(self, generator=None, num_training_steps=1000, beta_start=0.00085, beta_end=0.0120,
+                 timestep_spacing="leading", steps_offset=1, rescale_zero_terminal_snr=False):
         if timestep_spacing not in ("leading", "trailing", "linspace"):
             raise ValueError(f"timestep_spacing is {timestep_spacing!r}: choose 'leading', 'trailing' or 'linspace'")
         if not isinstance(steps_offset, int) or steps_offset < 0:
@@ -86,15 +122,17 @@ class DDPMSampler:
         self.timestep_spacing = timestep_spacing
         self.steps_offset = steps_offset
         self.alphas_cumprod = get_alphas_cumprod(num_training_steps, beta_start, beta_end)
+        if rescale_zero_terminal_snr:
+            self.alphas_cumprod = rescale_alphas_cumprod(self.alphas_cumprod)
         self.num_inference_steps = None
         self.timesteps, self.coefficients = [], []
 
     def set_inference_timesteps(self, num_inference_steps=50):
         """Plan a run of so many steps (1 to num_training_steps) from pure noise. Undoes set_strength."""
         n, most = num_inference_steps, self.num_training_steps
-        if not isinstance(n, int) or not 1 <= n <= most:
+        if not isinstance(n, Integral) or isinstance(n, bool) or not 1 <= n <= most:
             raise ValueError(f"num_inference_steps is {n!r}: give a whole number from 1 to {most}")
-        self.num_inference_steps = n
+        self.num_inference_steps = int(n)
         self.set_strength(1.0)
 
     def set_strength(self, strength=1.0):
@@ -105,7 +143,7 @@ class DDPMSampler:
         n = self.num_inference_steps
         if n is None:
             raise ValueError("set_strength needs the number of steps: call set_inference_timesteps first")
-        if not 0 < strength <= 1:
+        if not isinstance(strength, Real) or not 0 < strength <= 1:
             raise ValueError(f"strength is {strength!r}: give a number above 0 (hardly any change) up to 1 (all new)")
         if int(n * strength) == 0:
             least = ceil(1e4 / n) / 1e4

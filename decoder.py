@@ -5,8 +5,7 @@ The KL autoencoder of Latent Diffusion Models (arXiv 2112.10752, section 3.1; ld
 
 from dataclasses import dataclass
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encoder import LATENT_SCALE, VAE_AttentionBlock, VAE_ResidualBlock
@@ -23,21 +22,21 @@ class DecoderConfig:
     n_groups: int = 32  # of the group norms
 
 
-class Upsample(nn.Module):
+class VAE_Upsample(nn.Module):
     """(batch, channels, h, w) -> (batch, channels, 2 * h, 2 * w)"""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class VAE_Decoder(nn.Module):
     """Latents to pictures."""
 
-    def __init__(self, config=DecoderConfig()):
+    def __init__(self, config: DecoderConfig = DecoderConfig()):
         super().__init__()
         self.config = config
         width = config.channels[-1]
@@ -55,68 +54,32 @@ class VAE_Decoder(nn.Module):
                 level.append(VAE_ResidualBlock(width, channels, config.n_groups))
                 width = channels
             if i > 0:
-                level.add_module("upsample", Upsample(width))
+                level.add_module("upsample", VAE_Upsample(width))
             self.up.insert(0, level)
         self.norm_out = nn.GroupNorm(config.n_groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
-    def forward(self, latents):
+    def forward(self, latents: Tensor) -> Tensor:
         """Decodes latents.
 
         Args:
-            latents: (batch, 4, h / 8, w / 8) of unit scale, as the encoder returns them.
+            latents: (batch, 4, h / 8, w / 8) of unit scale, as the encoder returns them, in any floating point dtype.
 
         Returns:
             (batch, 3, h, w), about [-1, 1] (not clamped).
         """
         return self.enlarge(self.look_around(latents))
 
-    def look_around(self, latents):
+    def look_around(self, latents: Tensor) -> Tensor:
         """The part that sees the whole picture: (batch, 4, h / 8, w / 8) -> (batch, channels, h / 8, w / 8)"""
+        latents = latents.to(self.conv_in.bias.dtype)  # as `generate` hands them out, in float32
         x = self.conv_in(self.post_quant_conv(latents / LATENT_SCALE))
         for block in self.mid:  # not self.mid(x), which would hold on to its input to the end
             x = block(x)
         return x
 
-    def enlarge(self, x):
+    def enlarge(self, x: Tensor) -> Tensor:
         """The rest, in which a pixel depends on those near it: (batch, channels, h / 8, w / 8) -> (batch, 3, h, w)"""
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x), inplace=True))
-
-    def decode_tiled(self, latents, tile_size):
-        """Decodes latents in overlapping square tiles, in the memory that one tile takes.
-
-        Only the enlarging part is tiled, which takes nearly all of the memory. Tiles overlap by a quarter and are blended.
-        The group norms see one tile at a time, so that the picture is not quite that of `forward`:
-        benchmarks/results/memory.md says by how much.
-
-        Args:
-            latents: (batch, 4, h / 8, w / 8) of unit scale.
-            tile_size: side of a tile in pixels, a multiple of 32.
-
-        Returns:
-            (batch, 3, h, w) float32, about [-1, 1].
-        """
-        size = tile_size // 8
-        x = self.look_around(latents)
-        height, width = x.shape[2:]
-        if height <= size and width <= size:
-            return self.enlarge(x).float()
-        images = torch.zeros(len(x), self.config.out_channels, 8 * height, 8 * width, device=x.device)
-        weights = torch.zeros(8 * height, 8 * width, device=x.device)
-        for top in tile_starts(height, size):
-            for left in tile_starts(width, size):
-                tile = self.enlarge(x[:, :, top : top + size, left : left + size]).float()
-                rows, columns = (torch.arange(n, device=x.device) + 0.5 for n in tile.shape[2:])
-                weight = torch.outer(*(torch.minimum(n, n.flip(0)).clamp(max=tile_size / 4) for n in (rows, columns)))
-                place = slice(8 * top, 8 * top + len(rows)), slice(8 * left, 8 * left + len(columns))
-                images[:, :, *place] += weight * tile
-                weights[place] += weight
-        return images.div_(weights)
-
-
-def tile_starts(length, size):
-    """Where tiles begin that overlap by at least a quarter: the last one ends at the end."""
-    last = max(length - size, 0)
-    return [*range(0, last, size * 3 // 4), last]
+        return self.conv_out(F.silu(self.norm_out(x)))

@@ -6,7 +6,7 @@ The KL autoencoder of Latent Diffusion Models (arXiv 2112.10752, section 3.1; ld
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention import SelfAttention
@@ -28,7 +28,7 @@ class EncoderConfig:
 class VAE_ResidualBlock(nn.Module):
     """(batch, in_channels, h, w) -> (batch, out_channels, h, w)"""
 
-    def __init__(self, in_channels, out_channels, n_groups):
+    def __init__(self, in_channels: int, out_channels: int, n_groups: int):
         super().__init__()
         self.norm_1 = nn.GroupNorm(n_groups, in_channels, eps=1e-6)
         self.conv_1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -36,40 +36,40 @@ class VAE_ResidualBlock(nn.Module):
         self.conv_2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x):
-        hidden = self.conv_1(F.silu(self.norm_1(x), inplace=True))
-        hidden = self.conv_2(F.silu(self.norm_2(hidden), inplace=True))
-        return hidden.add_(self.skip(x))  # in place: at full size each picture of 128 channels is 128 MB of fresh memory
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv_1(F.silu(self.norm_1(x)))
+        hidden = self.conv_2(F.silu(self.norm_2(hidden)))
+        return self.skip(x) + hidden
 
 
 class VAE_AttentionBlock(nn.Module):
     """Self-attention with one head over all pixels: (batch, channels, h, w) -> the same shape"""
 
-    def __init__(self, channels, n_groups):
+    def __init__(self, channels: int, n_groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(n_groups, channels, eps=1e-6)
         self.attention = SelfAttention(1, channels)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (batch, h * w, channels)
         return x + self.attention(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-class Downsample(nn.Module):
+class VAE_Downsample(nn.Module):
     """(batch, channels, h, w) -> (batch, channels, h / 2, w / 2)"""
 
-    def __init__(self, channels):
+    def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # on the right and at the bottom only, as it was trained
 
 
 class VAE_Encoder(nn.Module):
     """Pictures to latents."""
 
-    def __init__(self, config=EncoderConfig()):
+    def __init__(self, config: EncoderConfig = EncoderConfig()):
         super().__init__()
         self.config = config
         width = config.channels[0]
@@ -81,7 +81,7 @@ class VAE_Encoder(nn.Module):
                 level.append(VAE_ResidualBlock(width, channels, config.n_groups))
                 width = channels
             if i < len(config.channels) - 1:
-                level.add_module("downsample", Downsample(width))
+                level.add_module("downsample", VAE_Downsample(width))
             self.down.append(level)
         self.mid = nn.Sequential(
             VAE_ResidualBlock(width, width, config.n_groups),
@@ -92,7 +92,7 @@ class VAE_Encoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 2 * config.latent_channels, 3, padding=1)  # mean and log-variance
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
 
-    def forward(self, images, noise):
+    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         """Draws latents from the distribution that the encoder finds for each picture.
 
         Args:
@@ -102,14 +102,27 @@ class VAE_Encoder(nn.Module):
         Returns:
             (batch, 4, h / 8, w / 8), already times 0.18215: latents of unit scale, ready for the UNet.
         """
-        mean, log_variance = self.moments(images)
-        return (mean + torch.exp(0.5 * log_variance) * noise) * LATENT_SCALE
+        return self.sample(self.moments(images), noise)
 
-    def moments(self, images):
-        """Returns mean and log-variance (in [-30, 20]) of the latents, each (batch, 4, h / 8, w / 8), unscaled."""
+    def reduce(self, images: Tensor) -> Tensor:
+        """The part in which a pixel depends on those near it: (batch, 3, h, w) -> (batch, channels, h / 8, w / 8)"""
         x = self.conv_in(images)
         for level in self.down:
             x = level(x)
-        x = self.conv_out(F.silu(self.norm_out(self.mid(x)), inplace=True))
+        return x
+
+    def look_around(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The rest, which sees the whole picture: mean and log-variance (in [-30, 20]) of the latents, unscaled, each
+        (batch, 4, h / 8, w / 8)."""
+        x = self.conv_out(F.silu(self.norm_out(self.mid(x))))
         mean, log_variance = self.quant_conv(x).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
+
+    def sample(self, moments: tuple[Tensor, Tensor], noise: Tensor) -> Tensor:
+        """Draws latents of unit scale from mean and log-variance, with the noise given."""
+        mean, log_variance = moments
+        return (mean + torch.exp(0.5 * log_variance) * noise) * LATENT_SCALE
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns mean and log-variance of the latents for images, as `look_around`."""
+        return self.look_around(self.reduce(images))

@@ -1,24 +1,36 @@
 """An SD 1.x checkpoint in, four state dicts and the configs that its shapes imply out.
 
 The layout is that of the original release (CompVis, `v1-5-pruned-emaonly.ckpt`), which fine-tunes and merges keep.
-Nothing in a checkpoint is ever executed.
+Reading the file itself, of which nothing is ever executed, is `checkpoint_file.py`'s part.
 """
 
-import ctypes
 import math
-import mmap
-import os
-import pickle
 import re
-import sys
-import tarfile
-import types
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+import diffusers_folder
+from checkpoint_file import CheckpointError, find_mapped, read_checkpoint, release
+from checkpoint_layout import (
+    IGNORED,
+    PREDICTIONS,
+    PREFIXES,
+    SPELLINGS,
+    TEXT,
+    UNET,
+    VAE,
+    check_tensors,
+    find_prediction,
+    known_weights,
+    refuse_other_models,
+    standard_spelling,
+    substitute,
+)
+from checkpoint_layout import ema_name as ema_name
 from clip import CLIP, CLIPConfig
 from decoder import DecoderConfig, VAE_Decoder
 from diffusion import Diffusion, DiffusionConfig
@@ -26,7 +38,7 @@ from encoder import EncoderConfig, VAE_Encoder
 
 NETWORKS = {"clip": CLIP, "encoder": VAE_Encoder, "decoder": VAE_Decoder, "diffusion": Diffusion}
 
-TEXT, VAE, UNET = "cond_stage_model.transformer.text_model.", "first_stage_model.", "model.diffusion_model."
+FOLDER_OF = {"clip": "text_encoder", "encoder": "vae", "decoder": "vae", "diffusion": "unet"}
 
 # The one table between our names and the checkpoint's: for each network, regular expressions applied in turn to a
 # module's name. Our fused projections stand for several modules of the checkpoint, in braces.
@@ -78,16 +90,43 @@ RULES = {
     ],
 }
 
-# What a checkpoint may hold besides the four networks' weights, within the networks' own prefixes.
-IGNORED = re.compile(r"position_ids$|^cond_stage_model\..*(logit_scale|text_projection|visual)|^first_stage_model\.(?!"
-                     r"encoder\.|decoder\.|quant_conv\.|post_quant_conv\.)")
+# From the checkpoint's names, without the prefix, to those in diffusers' folders; where `number_levels` has been.
+DIFFUSERS_RULES = {
+    "clip": [],
+    "vae": [
+        (r"(up|down)\.(\d+)\.block\.", r"\1_blocks.\2.resnets."),
+        (r"(up|down)\.(\d+)\.(up|down)sample\.", r"\1_blocks.\2.\3samplers.0."),
+        (r"mid\.block_1", "mid_block.resnets.0"),
+        (r"mid\.block_2", "mid_block.resnets.1"),
+        (r"mid\.attn_1\.norm", "mid_block.attentions.0.group_norm"),
+        (r"mid\.attn_1\.([qkv])", r"mid_block.attentions.0.to_\1"),
+        (r"mid\.attn_1\.proj_out", "mid_block.attentions.0.to_out.0"),
+        (r"norm_out", "conv_norm_out"),
+        (r"nin_shortcut", "conv_shortcut"),
+    ],
+    "diffusion": [
+        (r"^time_embed\.0", "time_embedding.linear_1"),
+        (r"^time_embed\.2", "time_embedding.linear_2"),
+        (r"^input_blocks\.0\.0", "conv_in"),
+        (r"^middle_block\.0", "mid_block.resnets.0"),
+        (r"^middle_block\.1", "mid_block.attentions.0"),
+        (r"^middle_block\.2", "mid_block.resnets.1"),
+        (r"^out\.0", "conv_norm_out"),
+        (r"^out\.2", "conv_out"),
+        (r"^(down_blocks\.\d+)\.\d+\.0\.op", r"\1.downsamplers.0.conv"),
+        (r"^(up_blocks\.\d+)\.\d+\.\d+\.conv", r"\1.upsamplers.0.conv"),
+        (r"^(\w+_blocks\.\d+)\.(\d+)\.0\.", r"\1.resnets.\2."),
+        (r"^(\w+_blocks\.\d+)\.(\d+)\.1\.", r"\1.attentions.\2."),
+        (r"in_layers\.0", "norm1"),
+        (r"in_layers\.2", "conv1"),
+        (r"emb_layers\.1", "time_emb_proj"),
+        (r"out_layers\.0", "norm2"),
+        (r"out_layers\.3", "conv2"),
+        (r"skip_connection", "conv_shortcut"),
+    ],
+}
 
-
-class CheckpointError(ValueError):
-    """The file is not an SD 1.x checkpoint that can be loaded; the message says why and what was expected."""
-
-
-def standard_names(network, name):
+def standard_names(network: str, name: str) -> tuple[str, ...]:
     """Returns the checkpoint's names for one of our weights.
 
     Args:
@@ -98,45 +137,122 @@ def standard_names(network, name):
         A tuple of names: one, or three for a fused projection, whose rows are those of the three in turn.
     """
     module, _, kind = name.rpartition(".")
-    for ours, theirs in RULES[network]:
-        module = re.sub(ours, theirs, module)
-    start, brace, rest = module.partition("{")
+    start, brace, rest = substitute(RULES[network], module).partition("{")
     if not brace:
-        return (f"{module}.{kind}",)
+        return (f"{start}.{kind}",)
     choices, _, end = rest.partition("}")
     return tuple(f"{start}{choice}{end}.{kind}" for choice in choices.split(","))
 
 
-def ema_name(name):
-    """Returns the name of a UNet weight's moving average in a checkpoint that holds both (`ldm/modules/ema.py`)."""
-    return "model_ema." + name.removeprefix("model.").replace(".", "")
+def diffusers_names(network: str, name: str, config) -> tuple[str, ...]:
+    """Returns the names that one of our weights has in the state dicts of diffusers' UNet2DConditionModel and
+    AutoencoderKL and of transformers' CLIPTextModel (in its form with `text_model.`).
+
+    Args:
+        network: "clip", "encoder", "decoder" or "diffusion".
+        name: a name in that network's state dict, such as "encoders.1.0.conv_1.weight".
+        config: that network's config; the names of levels and blocks depend on how many there are.
+
+    Returns:
+        A tuple of names, which stand for the same weights as those of `standard_names`, one by one.
+    """
+    prefix = PREFIXES[network]
+    rules = DIFFUSERS_RULES["vae" if prefix == VAE else network]
+    return tuple(substitute(rules, number_levels(network, standard_name.removeprefix(prefix), config))
+                 for standard_name in standard_names(network, name))
 
 
-def to_standard_weights(state_dicts):
+def number_levels(network, name, config):
+    """diffusers counts a UNet's blocks level by level (input_blocks.5 -> down_blocks.1.1), and the levels of a decoder
+    from the lowest resolution."""
+    place = re.match(r"(input_blocks|output_blocks|decoder\.up)\.(\d+)", name)
+    if not place or place[0] == "input_blocks.0":
+        return name
+    side, number = place[1], int(place[2])
+    if side == "decoder.up":
+        return f"decoder.up.{len(config.channels) - 1 - number}" + name[place.end():]
+    level, block = divmod(number - (side == "input_blocks"), config.n_blocks + 1)
+    return f"{'down' if side == 'input_blocks' else 'up'}_blocks.{level}.{block}" + name[place.end():]
+
+
+# ---- from ours to theirs
+
+
+def to_standard_weights(state_dicts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     """Returns the weights of the four networks under the names of the SD 1.x layout, the inverse of loading.
 
     Args:
-        state_dicts: {'clip': ..., 'encoder': ..., 'decoder': ..., 'diffusion': ...}, or some of them.
+        state_dicts: {'clip': ..., 'encoder': ..., 'decoder': ..., 'diffusion': ...}, or some of them; those of networks
+            inside torch.compile or DataParallel, too.
 
     Returns:
         One dict of contiguous tensors; the projections that the original stores as 1x1 convolutions are so here.
+
+    Raises:
+        ValueError: a state dict is that of a packed network.
     """
     weights = {}
-    for network, state_dict in state_dicts.items():
-        for name, tensor in state_dict.items():
-            names = standard_names(network, name)
-            for standard_name, part in zip(names, tensor.chunk(len(names))):
-                if part.ndim == 2 and re.search(r"attn_1\.\w+\.weight$|\.proj_(in|out)\.weight$", standard_name):
-                    part = part[:, :, None, None]
-                weights[standard_name] = part.contiguous()
+    for network, name, tensor in each_weight(state_dicts):
+        names = standard_names(network, name)
+        for standard_name, part in zip(names, tensor.chunk(len(names))):
+            if part.ndim == 2 and re.search(r"attn_1\.\w+\.weight$|\.proj_(in|out)\.weight$", standard_name):
+                part = part[:, :, None, None]
+            weights[standard_name] = part.contiguous()
+        if name == "position_embedding.weight":
+            weights[f"{TEXT}embeddings.position_ids"] = torch.arange(len(tensor))[None]
     return weights
 
 
-def load_from_standard_weights(path, device="cpu", dtype=None, use_ema=True):
-    """Reads an SD 1.x checkpoint.
+def to_diffusers_weights(state_dicts: dict[str, dict[str, Tensor]], configs: dict) -> dict[str, dict[str, Tensor]]:
+    """Returns the weights as diffusers' folders have them: {'text_encoder': ..., 'vae': ..., 'unet': ...}.
 
     Args:
-        path: a `.ckpt`, `.pt` or `.safetensors` file.
+        state_dicts: as for `to_standard_weights`, all four.
+        configs: the four configs.
+    """
+    weights = {"text_encoder": {}, "vae": {}, "unet": {}}
+    for network, name, tensor in each_weight(state_dicts):
+        names = diffusers_names(network, name, configs[network])
+        for diffusers_name, part in zip(names, tensor.chunk(len(names))):
+            if network == "diffusion" and re.search(r"\.proj_(in|out)\.weight$", name):
+                part = part[:, :, None, None]
+            weights[FOLDER_OF[network]][diffusers_name] = part.contiguous()
+    return weights
+
+
+def each_weight(state_dicts):
+    """Yields (network, name, tensor), without the prefixes that torch.compile and DataParallel put before a name."""
+    for network, state_dict in state_dicts.items():
+        state_dict = {re.sub(r"(^|\.)(_orig_mod|module)(?=\.)", "", name).lstrip("."): tensor
+                      for name, tensor in state_dict.items()}
+        for name in state_dict:
+            if name.endswith("bias") and name.removesuffix("bias") + "weight" not in state_dict:
+                raise ValueError(f"{name!r} of {network!r} is without its weight, as in packed networks, which cannot "
+                                 f"be saved; load the checkpoint with pack=False")
+        for name, tensor in state_dict.items():
+            yield network, name, tensor
+
+
+def to_metadata(configs: dict) -> dict[str, str]:
+    """Returns what the weights' shapes do not tell of the four configs, as safetensors metadata: `infer_configs` reads
+    it."""
+    clip, encoder, diffusion = (configs[network] for network in ("clip", "encoder", "diffusion"))
+    metadata = {"clip_heads": clip.n_heads, "unet_heads": diffusion.n_heads, "unet_groups": diffusion.n_groups,
+                "vae_groups": encoder.n_groups, "sample_size": diffusion.sample_size, "cfg_scale": diffusion.cfg_scale,
+                "words": " ".join(clip.words), "modelspec.prediction_type": diffusion.prediction,
+                "ss_zero_terminal_snr": diffusion.zero_terminal_snr, "guidance_rescale": diffusion.guidance_rescale}
+    return {key: str(value) for key, value in metadata.items() if value != ""}
+
+
+# ---- from a file's weights to ours
+
+
+def load_from_standard_weights(path, device="cpu", dtype: torch.dtype | None = None,
+                               use_ema: bool = False) -> dict[str, dict[str, Tensor]]:
+    """Reads an SD 1.x model.
+
+    Args:
+        path: a `.ckpt`, `.pt` or `.safetensors` file, or a diffusers folder.
         device: where the tensors go.
         dtype: the torch.dtype that they get; None keeps the file's.
         use_ema: take the moving average of the UNet's weights where the file has it beside the plain ones.
@@ -146,222 +262,141 @@ def load_from_standard_weights(path, device="cpu", dtype=None, use_ema=True):
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is not an SD 1.x checkpoint, or it is broken.
+        CheckpointError: it is not an SD 1.x model, or it is broken.
     """
     return {network: module.state_dict() for network, module in read_networks(path, device, dtype, use_ema).items()}
 
 
-def read_networks(path, device="cpu", dtype=None, use_ema=True, finish=None):
+def read_networks(path, device="cpu", dtype=None, use_ema=False, finish=None, vae=None, prediction=None):
     """As `load_from_standard_weights`, but returns modules.
 
-    Each block of a network is replaced by what `finish`, if given, makes of it before the next block is read.
+    Each block of a network is replaced by what `finish`, if given, makes of it before the next block is read. `vae` and
+    `prediction` are as for `model_loader.preload_models_from_standard_weights`.
     """
-    weights, metadata = read_checkpoint(path)
-    mapped = find_mapped(path)
+    origins = {}  # what the file calls a weight, where that is not its standard name
+    weights, metadata = read_model(path, use_ema, origins)
     try:
-        weights = known_weights(weights, use_ema)
-        with torch.device("meta"):
-            modules = {network: NETWORKS[network](config) for network, config in
-                       infer_configs(weights, metadata).items()}
+        metadata = {**metadata, **find_prediction(path, weights, metadata, prediction)}
+        weights = known_weights(weights, use_ema, origins)
+        if vae is not None:
+            weights, metadata = swap_vae(weights, metadata, vae, origins)
+        mapped = find_mapped()
+        modules = {network: build(network, config) for network, config in infer_configs(weights, metadata).items()}
         for network, module in modules.items():
             for parent, name, prefix in blocks(module):
                 block = getattr(parent, name)
                 state_dict = convert(network, block, weights, device, dtype, mapped, prefix)
                 block.load_state_dict(state_dict, assign=True)
                 setattr(parent, name, finish(block) if finish else block)
+        if weights:
+            raise CheckpointError(f"found {next(iter(weights))!r}, which an SD 1.x model of these shapes does not have "
+                                  f"({len(weights)} such keys); expected the layout of v1-5-pruned-emaonly.ckpt")
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    if weights:
-        raise CheckpointError(f"{path}: found {next(iter(weights))!r}, which an SD 1.x model of these shapes does not "
-                              f"have ({len(weights)} such keys); expected the layout of v1-5-pruned-emaonly.ckpt")
+        message = re.sub(r"[\w.]+\w", lambda name: origins.get(name[0], name[0]), str(error))  # the file's own names
+        raise CheckpointError(f"{path}{f' with the VAE of {vae}' if vae is not None else ''}: {message}") from None
     return modules
 
 
-# ---- reading files
+def read_model(path, use_ema, origins):
+    """Returns (weights by standard name and whatever else there is, metadata) of a file or a diffusers folder."""
+    if not Path(path).is_dir():
+        return read_checkpoint(path, mapped=True)
+    parts, metadata = diffusers_folder.read_folder(path, ("text_encoder", "vae", "unet"), use_ema)
+    weights = {}
+    for folder, part in parts.items():
+        weights.update(from_diffusers(folder, part, f"{path}/{folder}", origins))
+    return weights, metadata
 
 
-def read_checkpoint(path):
-    """Reads all that a file holds, memory-mapped where its format allows.
-
-    Returns:
-        (dict of all the entries, the state dict unwrapped; the safetensors metadata or {})
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint; give the path of a .ckpt or .safetensors file of SD 1.x")
-    if path.is_dir():
-        raise CheckpointError(f"{path}: found a folder; expected one .ckpt or .safetensors file in the SD 1.x layout")
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if head[8:9] == b"{":
-        return read_safetensors(path)
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        return read_pickle(path, mmap=head.startswith(b"PK")), {}
-    found = "an empty file" if not head else f"a file that begins with {head[:24]!r}"
-    if head.startswith(b"version https://git-lfs"):
-        found = "a Git LFS pointer instead of the weights it points to (`git lfs pull` fetches them)"
-    elif head.lstrip().startswith(b"<"):
-        found = "a web page, as a failed download leaves it"
-    raise CheckpointError(f"{path}: found {found}; expected a PyTorch or safetensors checkpoint")
+def from_diffusers(folder, weights, path, origins):
+    """Returns the weights of a part of a diffusers folder ("text_encoder", "vae" or "unet") by their standard names."""
+    prefix = PREFIXES["clip"] if folder == "text_encoder" else ""
+    weights = {substitute(SPELLINGS, name): tensor for name, tensor in weights.items()
+               if isinstance(name, str) and not IGNORED.search(prefix + name)}
+    if folder == "text_encoder" and not any(name.startswith("text_model.") for name in weights):
+        weights = {f"text_model.{name}": tensor for name, tensor in weights.items()}  # transformers from 5.6 on
+    names = {}
+    for network, config in largest_configs(folder, weights, path).items():
+        for name in build(network, config).state_dict():
+            names.update(zip(diffusers_names(network, name, config), standard_names(network, name)))
+    unknown = [name for name in weights if name not in names]
+    if unknown:
+        raise CheckpointError(f"{path}: found {unknown[0]!r}, which this part of an SD 1.x model does not have "
+                              f"({len(unknown)} such keys); expected the layout of diffusers' stable-diffusion-v1-5")
+    origins.update({standard_name: f"{folder}/{name}" for name, standard_name in names.items()})
+    return {names[name]: tensor for name, tensor in weights.items()}
 
 
-def read_safetensors(path):
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: found a broken or truncated safetensors file ({str(error)!r}); expected a "
-                              f"whole one: download it again") from None
+def largest_configs(folder, weights, path):
+    """Returns configs of networks that have as many levels and blocks as these weights, in the narrowest widths that
+    differ, so that every block has a skip connection: their names are all that there can be."""
+
+    def size(levels):
+        n_levels, n_blocks = count(weights, rf"{levels}\.(\d+)\."), count(weights, rf"{levels}\.0\.resnets\.(\d+)\.")
+        if not n_levels or not n_blocks:
+            raise CheckpointError(f"{path}: no key begins with '{levels}.0.resnets.'; expected the layout of "
+                                  f"diffusers' stable-diffusion-v1-5")
+        return {"channels": tuple(range(1, n_levels + 1)), "n_blocks": n_blocks, "n_groups": 1}
+
+    if folder == "text_encoder":
+        n_layers = count(weights, r"text_model\.encoder\.layers\.(\d+)\.")
+        return {"clip": CLIPConfig(n_vocab=1, n_tokens=1, d_embed=1, d_mlp=1, n_layers=n_layers, n_heads=1)}
+    if folder == "vae":
+        return {"encoder": EncoderConfig(**size("encoder.down_blocks")),
+                "decoder": DecoderConfig(**size("decoder.up_blocks"))}
+    sizes = size("down_blocks")
+    attends = tuple(any(name.startswith(f"down_blocks.{i}.attentions.") for name in weights)
+                    for i in range(len(sizes["channels"])))
+    return {"diffusion": DiffusionConfig(**sizes, attends=attends, n_heads=1, d_context=1, d_guidance=1)}
 
 
-def read_pickle(path, mmap):
-    try:
-        # What torch.load would run (asked of its own parser: zipfile can be made to see other entries) or unpack.
-        if mmap and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
-            raise CheckpointError("found a TorchScript program; expected weights alone")
-        if not mmap and tarfile.is_tarfile(path):
-            raise CheckpointError("found a tar archive; expected a PyTorch or safetensors checkpoint")
-        checkpoint = torch.load(path, map_location="cpu", mmap=mmap, weights_only=False, pickle_module=RESTRICTED)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-    except Exception as error:  # whatever a broken or hostile file makes the parsers stumble over
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{path}: found a broken or truncated PyTorch file ({type(error).__name__}: {reason!r}); "
-                              f"expected a whole one: download it again") from None
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path}: found a pickled {type(checkpoint).__name__}; expected a dict of weights")
-    inner = checkpoint.get("state_dict", checkpoint)
-    if not isinstance(inner, dict):
-        raise CheckpointError(f"{path}: found a {type(inner).__name__} as 'state_dict'; expected a dict of weights")
-    return inner
+def swap_vae(weights, metadata, path, origins):
+    """Returns weights and metadata with the VAE of another file or folder in the place of the model's own."""
+    vae, vae_metadata = read_vae(path, origins)
+    refuse_other_models(vae)
+    vae = standard_spelling(vae, origins)
+    check_tensors(vae)
+    conv_in = f"{VAE}encoder.conv_in.weight"
+    if "vae_groups" not in vae_metadata and conv_in in weights and vae[conv_in].shape != weights[conv_in].shape:
+        metadata = {key: value for key, value in metadata.items() if key != "vae_groups"}  # it was the other VAE's
+    metadata = {**metadata, **{key: value for key, value in vae_metadata.items() if key == "vae_groups"}}
+    return {**{name: tensor for name, tensor in weights.items() if not name.startswith(VAE)}, **vae}, metadata
 
 
-class Placeholder:
-    """Stands for an object of a class that is not rebuilt, such as a Lightning callback; takes anything, does nothing.
-    """
-
-    def __new__(cls, *args, **kwargs):
-        return super().__new__(cls)
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __call__(self, *args, **kwargs):
-        return Placeholder()
-
-    def __setstate__(self, state):
-        pass
-
-    def __setitem__(self, key, value):
-        pass
-
-    def append(self, item):
-        pass
-
-    extend = add = append
+def read_vae(path, origins):
+    """Returns (weights by standard name, metadata) of the VAE in a checkpoint, in a file of its own (with or without
+    `first_stage_model.`, or as diffusers has it), in a diffusers folder or in the folder `vae` of one."""
+    if Path(path).is_dir():
+        parts, metadata = diffusers_folder.read_folder(path, ("vae",))
+        return from_diffusers("vae", parts["vae"], path, origins), metadata
+    weights, metadata = read_checkpoint(path, mapped=True)
+    own = {name: tensor for name, tensor in weights.items() if isinstance(name, str) and name.startswith(VAE)}
+    bare = {name: tensor for name, tensor in weights.items() if isinstance(name, str) and
+            name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
+    if not own and any(".down_blocks." in name for name in bare):
+        return from_diffusers("vae", bare, path, origins), metadata
+    own = own or {VAE + name: tensor for name, tensor in bare.items()}
+    if f"{VAE}decoder.conv_in.weight" not in own or f"{VAE}encoder.conv_in.weight" not in own:
+        some = ", ".join(repr(name) for name in list(weights)[:3]) or "no weights"
+        raise CheckpointError(f"found {some}; expected the VAE of an SD 1.x model, with keys such as "
+                              f"'{VAE}decoder.conv_in.weight' or 'decoder.conv_in.weight'")
+    return own, metadata
 
 
-class PlainDict(dict):
-    """Stands for an OrderedDict or defaultdict; takes no attributes from a file, as they would hide its methods."""
+class SkipInit(TorchFunctionMode):
+    """Leaves weights undrawn, which even without storage takes longer than all else in making a network."""
 
-    def __setstate__(self, state):
-        pass
-
-
-def sealed(function):
-    """Returns the function in a shell: a pickle can set attributes (`__name__`, `__defaults__`) of all that it gets."""
-
-    def call(*args):
-        return function(*args)
-
-    call.__setstate__ = lambda state: None
-    return call
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
 
 
-REBUILT = {
-    ("torch._utils", "_rebuild_tensor"): sealed(torch._utils._rebuild_tensor),
-    ("torch._utils", "_rebuild_tensor_v2"): sealed(torch._utils._rebuild_tensor_v2),
-    ("torch._utils", "_rebuild_parameter"): sealed(torch._utils._rebuild_parameter),
-    ("torch", "Size"): sealed(torch.Size),
-    ("collections", "OrderedDict"): PlainDict,
-    ("collections", "defaultdict"): sealed(lambda default_factory=None, *items: PlainDict(*items)),
-}
-
-# The parts of Python's own library whose classes an honest checkpoint may hold. Calls into any other part (os,
-# subprocess, builtins.eval, ...) are what an attack looks like: the file is refused rather than read around it.
-HARMLESS = {"argparse", "collections", "copyreg", "datetime", "decimal", "enum", "fractions", "numbers", "pathlib",
-            "random", "time", "types", "typing", "uuid", "_codecs"}
-HARMLESS_BUILTINS = {"set", "frozenset", "list", "dict", "tuple", "object", "slice", "range", "complex", "bytearray",
-                     "bytes", "str", "int", "float", "bool", "type"}
-PYTHON_2 = {"__builtin__", "commands", "copy_reg"}
-
-
-class RestrictedUnpickler(pickle.Unpickler):
-    """Rebuilds tensors and plain containers; every other class becomes a placeholder, so that nothing is imported."""
-
-    def find_class(self, module, name):
-        if (module, name) in REBUILT:
-            return REBUILT[module, name]
-        root = module.partition(".")[0]
-        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):  # getattr would import submodules
-            return vars(torch)[name]
-        if root in ("builtins", "__builtin__") and name in HARMLESS_BUILTINS:
-            return Placeholder
-        if (root in sys.stdlib_module_names or root in PYTHON_2) and root not in HARMLESS:
-            raise CheckpointError(f"found a pickle that calls {f'{module}.{name}'!r}, which no honest checkpoint does; "
-                                  f"nothing was executed; expected tensors and plain containers: do not use this file")
-        return Placeholder
-
-
-RESTRICTED = types.ModuleType("restricted_pickle", "What torch.load asks of a pickle module.")
-RESTRICTED.Unpickler = RestrictedUnpickler
-RESTRICTED.load = lambda file, **kwargs: RestrictedUnpickler(file, **kwargs).load()
-
-
-# ---- from the file's weights to ours
-
-
-def known_weights(weights, use_ema):
-    """Picks the weights of the four networks, under their standard names, out of all that a checkpoint holds."""
-    refuse_other_models(weights)
-    known = {}
-    for name, tensor in weights.items():
-        if not isinstance(name, str) or not name.startswith((TEXT.removesuffix("text_model."), VAE, UNET)):
-            continue
-        if IGNORED.search(name):
-            continue
-        if name.startswith(UNET) and use_ema:
-            tensor = weights.get(ema_name(name), tensor)
-        if not name.startswith((TEXT, VAE, UNET)):  # the form without `text_model.`
-            name = TEXT + name.removeprefix("cond_stage_model.transformer.")
-            if name in weights:
-                continue
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            found = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise CheckpointError(f"{name!r} is {found}; expected a tensor of floating point numbers")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # strides of zero fake any size
-            raise CheckpointError(f"{name!r} has shape {tuple(tensor.shape)}, of which the file holds but a part; "
-                                  f"expected all of it")
-        known[name] = tensor.detach()
-    return known
-
-
-def refuse_other_models(weights):
-    names = [name for name in weights if isinstance(name, str)]
-    expected = "expected a checkpoint of the SD 1.x family"
-    for found, mark in [
-        ("an SDXL checkpoint", r"^conditioner\.embedders\."),
-        ("an SD 2.x checkpoint", r"^cond_stage_model\.model\."),
-        ("an SD 3 or Flux checkpoint", r"joint_blocks\.|double_blocks\."),
-        ("a LoRA file, which holds changes to a model", r"^lora_|\.lora_(up|down|A|B)\."),
-        ("a ControlNet file", r"^control_model\."),
-        ("weights in the layout of a diffusers folder", r"^(down_blocks|up_blocks|mid_block)\."),
-    ]:
-        if any(re.search(mark, name) for name in names):
-            raise CheckpointError(f"found {found}; {expected}")
-    if not any(name.startswith((UNET, VAE)) for name in names):
-        some = ", ".join(repr(name) for name in names[:3]) or "no weights"
-        raise CheckpointError(f"found {some}; {expected}, with keys such as '{UNET}input_blocks.0.0.weight'")
+def build(network, config):
+    """Returns a network whose weights have shapes alone."""
+    with torch.device("meta"), SkipInit():
+        return NETWORKS[network](config)
 
 
 def blocks(module, prefix=""):
@@ -377,28 +412,52 @@ def convert(network, module, weights, device, dtype, mapped=(), prefix=""):
     """Takes the weights of a network, or of its part `prefix`, out of `weights` and returns them as the state dict that
     `module` wants.
 
-    `mapped` is what `find_mapped` returned: each tensor's part of it is let go of once there is a copy.
+    What is returned is in memory of its own, not in the file's; the pages of `mapped`, what `find_mapped` returned, are
+    let go of one by one.
     """
     state_dict = {}
     for name, expected in module.state_dict().items():
         names = standard_names(network, prefix + name)
         shape = (expected.shape[0] // len(names), *expected.shape[1:])
         originals = [take(weights, standard_name, shape) for standard_name in names]
-        parts = [to_dtype(original, dtype or original.dtype) for original in originals]
-        for part, standard_name in zip(parts, names):
-            if not all(math.isfinite(extreme) for extreme in part.aminmax()):
-                raise CheckpointError(f"{standard_name} holds NaN or infinite values; expected finite weights")
-        weight = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(device)
-        if weight is not originals[0]:
-            for original in originals:
-                release(original, mapped)
-        state_dict[name] = weight
+        widest = max((original.dtype for original in originals), key=lambda dtype: dtype.itemsize)
+        weight = torch.empty(expected.shape, dtype=dtype or widest, device="cpu")
+        for part, original, standard_name in zip(weight.chunk(len(names)), originals, names):
+            copy(original, part)
+            check_finite(part, original, standard_name)
+            release(original, mapped)
+        state_dict[name] = weight.to(device)
     return state_dict
 
 
+def copy(tensor, target):
+    """`target.copy_(tensor)`; from float16 to bfloat16 by way of float32, as PyTorch's way takes thrice the time."""
+    if (tensor.dtype, target.dtype) != (torch.float16, torch.bfloat16):
+        target.copy_(tensor)
+        return
+    for part, target_part in zip(tensor.flatten().split(2**20), target.flatten().split(2**20)):  # stays in the cache
+        target_part.copy_(part.float())
+
+
+def check_finite(tensor, original, name):
+    """Raises CheckpointError if a weight, or what became of it in another dtype, is not finite."""
+    if is_finite(tensor):
+        return
+    if is_finite(original):
+        largest = original.float().abs().max().item()
+        raise CheckpointError(f"{name} holds {largest:.6g}, which {tensor.dtype} cannot hold; load it as float32 or "
+                              f"bfloat16")
+    raise CheckpointError(f"{name} holds NaN or infinite values; expected finite weights")
+
+
+def is_finite(tensor):
+    if tensor.dtype.itemsize == 1:  # PyTorch does not compare 8-bit floating point numbers
+        tensor = tensor.float()
+    return all(math.isfinite(extreme) for extreme in tensor.aminmax())
+
+
 def take(weights, name, shape):
-    """Removes one tensor from `weights` and returns it in the given shape; a linear layer and a 1x1 convolution are the
-    same thing in two shapes."""
+    """Removes one tensor from `weights` and returns it in the given shape."""
     if name not in weights:
         raise CheckpointError(f"{name} is missing; expected a tensor of shape {shape}")
     tensor = weights.pop(name)
@@ -407,37 +466,12 @@ def take(weights, name, shape):
     return tensor.reshape(shape)
 
 
-def to_dtype(tensor, dtype):
-    """`tensor.to(dtype)`; from float16 to bfloat16 by way of float32, as PyTorch's direct way takes thrice the time."""
-    if (tensor.dtype, dtype) != (torch.float16, torch.bfloat16):
-        return tensor.to(dtype)
-    result = torch.empty(tensor.shape, dtype=dtype)
-    for part, result_part in zip(tensor.flatten().split(2**20), result.flatten().split(2**20)):  # stays in the cache
-        result_part.copy_(part.float())
-    return result
-
-
-def find_mapped(path):
-    """Returns the addresses (first, end) at which a file is mapped into memory; none where there is no /proc."""
-    try:
-        lines = [line.split(maxsplit=5) for line in open("/proc/self/maps")]
-    except OSError:
-        return []
-    path = os.path.realpath(path)
-    return [tuple(int(address, 16) for address in line[0].split("-")) for line in lines if line[5:] == [f"{path}\n"]]
-
-
-def release(tensor, mapped):
-    """Lets go of the pages of a mapped file that hold a tensor, or the file counts as memory in use until all is read.
-    They would be read again if they were asked for."""
-    page, address = mmap.PAGESIZE, tensor.data_ptr()
-    first, end = -(-address // page) * page, (address + tensor.nbytes) // page * page
-    if any(low <= first < end <= high for low, high in mapped):
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)
-
-
 def strip_ones(shape):
-    return tuple(shape[:2]) + tuple(shape[2:] if any(size > 1 for size in shape[2:]) else ())
+    """A linear layer's weight and a 1x1 convolution's, a bias (n,) and (n, 1, 1), are one thing in two shapes."""
+    shape = tuple(shape)
+    while len(shape) > 1 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
 
 
 # ---- reading the sizes off the shapes
@@ -448,8 +482,9 @@ def infer_configs(weights, metadata):
 
     Args:
         weights: tensors by standard name.
-        metadata: the safetensors metadata, whose `unet_heads`, `unet_groups`, `vae_groups`, `clip_heads` and
-            `sample_size` tell what shapes cannot; SD 1.5's values hold for those that are absent.
+        metadata: the safetensors metadata, whose `unet_heads`, `unet_groups`, `vae_groups`, `clip_heads`,
+            `sample_size`, `cfg_scale`, `words` (with spaces between), `guidance_rescale` and what `find_prediction`
+            returns tell what shapes cannot; SD 1.5's values hold for those that are absent.
     """
 
     def shape(name):
@@ -467,6 +502,12 @@ def infer_configs(weights, metadata):
             raise CheckpointError(f"the metadata's {key} is {value!r}; expected a whole number from 1 to 99999")
         return int(value)
 
+    def decimal(key, default):
+        value = metadata.get(key, default)
+        if not re.fullmatch(r"\d{1,5}(\.\d{1,20})?", str(value)):
+            raise CheckpointError(f"the metadata's {key} is {value!r}; expected a number such as 7.5")
+        return float(value)
+
     n_vocab, d_text = shape(f"{TEXT}embeddings.token_embedding.weight")[:2]
     clip = CLIPConfig(
         n_vocab=n_vocab,
@@ -475,6 +516,7 @@ def infer_configs(weights, metadata):
         d_mlp=shape(f"{TEXT}encoder.layers.0.mlp.fc1.weight")[0],
         n_layers=count(weights, TEXT + r"encoder\.layers\.(\d+)\."),
         n_heads=number("clip_heads", d_text // 64 if d_text % 64 == 0 else 12),
+        words=tuple(str(metadata.get("words", "")).split()),
     )
     encoder = EncoderConfig(
         in_channels=shape(f"{VAE}encoder.conv_in.weight")[1],
@@ -492,7 +534,19 @@ def infer_configs(weights, metadata):
         n_blocks=count(weights, VAE + r"decoder\.up\.0\.block\.(\d+)\."),
         n_groups=encoder.n_groups,
     )
-    diffusion = infer_diffusion(weights, shape, number)
+    if not encoder.channels or not decoder.channels:
+        raise CheckpointError(f"{VAE}{'decoder.up' if encoder.channels else 'encoder.down'}.0.block.0.conv1.weight is "
+                              f"missing; expected the levels of a VAE")
+    diffusion = replace(
+        infer_diffusion(weights, shape, number),
+        prediction=PREDICTIONS[metadata.get("modelspec.prediction_type", "epsilon")],
+        zero_terminal_snr=metadata.get("ss_zero_terminal_snr") == "True",
+        cfg_scale=decimal("cfg_scale", DiffusionConfig.cfg_scale),
+        guidance_rescale=decimal("guidance_rescale", DiffusionConfig.guidance_rescale),
+    )
+    if encoder.latent_channels != diffusion.out_channels:
+        raise CheckpointError(f"the VAE's latents have {encoder.latent_channels} channels, the UNet's "
+                              f"{diffusion.out_channels}; expected a VAE and a UNet that belong together")
     for what, value, divisor, source in [
         ("the size of the pictures", diffusion.sample_size, 8, "sample_size"),
         ("the text encoder's width", clip.d_embed, clip.n_heads, "clip_heads"),
@@ -525,6 +579,7 @@ def infer_diffusion(weights, shape, number):
         raise CheckpointError(f"{UNET}input_blocks.1.0.out_layers.3.weight is missing; expected the blocks of a UNet")
     if len(set(blocks)) > 1:
         raise CheckpointError(f"the UNet's levels have {blocks} blocks; expected the same number in each")
+    guidance = f"{UNET}time_embedding.cond_proj.weight"
     return DiffusionConfig(
         in_channels=shape(f"{UNET}input_blocks.0.0.weight")[1],
         out_channels=shape(f"{UNET}out.2.weight")[0],
@@ -535,6 +590,7 @@ def infer_diffusion(weights, shape, number):
         d_context=shape(f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
         n_groups=number("unet_groups", DiffusionConfig.n_groups),
         sample_size=number("sample_size", DiffusionConfig.sample_size),
+        d_guidance=shape(guidance)[1] if guidance in weights else 0,
     )
 
 

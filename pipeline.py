@@ -1,64 +1,36 @@
-"""Text to image and image to image with SD 1.x: `generate()`, and the same from the command line.
+"""Text to image and image to image with SD 1.x: `generate()`, and its parts, each of which can be called alone."""
 
-    python pipeline.py "a red apple" --steps 25 --cfg-scale 4
-"""
-
-import argparse
-import sys
-
-
-def parse_arguments():
-    parser = argparse.ArgumentParser(description="Draws a picture from a prompt with Stable Diffusion 1.x.")
-    add = parser.add_argument
-    add("prompt", help="what to draw")
-    add("--uncond-prompt", default="", help="what to stay away from (default: nothing)")
-    add("--input-image", help="a picture to start from, instead of noise alone")
-    add("--strength", type=float, default=0.8, help="how much of the input picture to replace, in (0, 1] (%(default)s)")
-    add("--cfg-scale", type=float, default=7.5, help="guidance scale: how closely to follow the prompt (%(default)s)")
-    add("--steps", type=int, default=50, help="denoising steps, 1 to 1000 (%(default)s)")
-    add("--sampler", default="ddpm", help="ddpm, ddim, plms, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde or lcm "
-                                          "(%(default)s)")
-    add("--seed", type=int, help="the same seed draws the same picture (default: a random one, which is printed)")
-    add("--height", type=int, help="pixels, a multiple of 8 (default: what the checkpoint was made for)")
-    add("--width", type=int, help="pixels, a multiple of 8 (default: what the checkpoint was made for)")
-    add("--count", type=int, default=1, help="pictures to draw, with seeds one apart (%(default)s)")
-    add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
-        help="use guidance only between these noise levels sigma, of 0.03 to 14.6 (default: everywhere)")
-    add("--cache-interval", type=int, default=1, help="compute the deep layers in every n-th step only (%(default)s)")
-    add("--tile-size", type=int, help="decode in tiles of so many pixels, to save memory (default: at once)")
-    add("--checkpoint", help="a .ckpt or .safetensors file of SD 1.x (default: the best one in data/)")
-    add("--device", help="cpu, cuda or mps (default: the fastest there is)")
-    add("--dtype", default="auto", help="auto, float32, float16 or bfloat16 (%(default)s)")
-    add("--compile", action="store_true", help="on CUDA, compile the networks first: pays over many pictures")
-    add("--output", default="output.png", help="the file to write, a .png (%(default)s)")
-    add("--overwrite", action="store_true", help="replace the output file if it exists")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    arguments = parse_arguments()  # before the imports below, which take seconds: --help and mistakes answer at once
-
+import copy
 import math
-import numbers
-import os
 import secrets
+import sys
 import warnings
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import model_loader
-from ddpm import draw_noise
+from arguments import check_arguments, check_models
+from ddpm import DDPMSampler, draw_noise
+from diffusion import get_time_embedding
+from images import native_size, open_image, to_tensor, to_uint8
 from samplers import SAMPLERS
+
+Context = Tensor | Callable[[int, int], Tensor]
+Scale = float | Callable[[float], float]
 
 
 @torch.no_grad()
-def generate(prompt, uncond_prompt="", input_image=None, strength=0.8, do_cfg=True, cfg_scale=7.5, sampler_name="ddpm",
-             n_inference_steps=50, models=None, seed=None, device=None, idle_device=None, tokenizer=None, height=None,
-             width=None, sampler=None, callback=None, guidance_interval=None, cache_interval=1, tile_size=None):
+def generate(prompt: str | list[str] | None = None, uncond_prompt: str | list[str] = "", input_image=None,
+             strength: float = 0.8, do_cfg: bool = True, cfg_scale: Scale | None = None, sampler_name: str = "ddpm",
+             n_inference_steps: int = 50, models: dict[str, nn.Module] | None = None, seed: int | None = None,
+             device=None, idle_device=None, tokenizer=None, height: int | None = None, width: int | None = None,
+             sampler: DDPMSampler | None = None, context: Context | None = None, latents: Tensor | None = None,
+             callback: Callable | None = None, progress: bool = True) -> np.ndarray:
     """Draws a picture from a prompt, or from a prompt and a picture.
 
     Latent Diffusion Models (arXiv 2112.10752) with classifier-free guidance (arXiv 2207.12598); from a picture as in
@@ -67,343 +39,255 @@ def generate(prompt, uncond_prompt="", input_image=None, strength=0.8, do_cfg=Tr
     Args:
         prompt: what to draw; a list of prompts draws one picture for each, in one batch.
         uncond_prompt: what guidance moves away from; one for all, or a list as long as the prompts'.
-        input_image: a PIL image, an array (uint8, uint16 or float in [0, 1]; (h, w) or (h, w, 1, 3 or 4)) or a path;
-            resized to height and width.
+        input_image: a picture to start from, anything that `images.open_image` takes.
         strength: how much of the input image to replace, in (0, 1]: 1 keeps next to nothing of it.
         do_cfg: whether to use guidance; without it, cfg_scale and uncond_prompt have no effect.
-        cfg_scale: guidance scale; 1 is none, higher follows the prompt more closely.
+        cfg_scale: guidance scale, as for `denoise`; None is the checkpoint's own, 7.5 for SD 1.5.
         sampler_name: a name in `samplers.SAMPLERS`.
         n_inference_steps: denoising steps, 1 to 1000.
-        models: what `model_loader.preload_models_from_standard_weights` returns; None loads the best checkpoint in
-            data/, once a process.
+        models: what `model_loader.preload_models_from_standard_weights` returns, or modules that are called like these
+            and have their `config`; None loads the best checkpoint in data/, once a process.
         seed: a whole number; the same seed gives the same picture on every device, and picture k of a list is the one
-            that seed + k gives alone. None draws a random one.
-        device: where to compute; None is where the models are, or the fastest device if they are yet to be loaded.
+            that seed + k gives alone. None draws a random one, or leaves it to the sampler's generator if it has one.
+        device: where to compute; None is where the UNet is, or the fastest device if it is yet to be loaded.
         idle_device: where each network is put once it has served; None leaves it.
         tokenizer: what `model_loader.load_tokenizer` returns; None loads it, once a process.
-        height, width: pixels, multiples of 8; None is the size that the checkpoint was made for.
-        sampler: a sampler object to use instead of sampler_name; its generator is set to the pictures' own.
-        callback: called after each step as callback(step, timestep, latents), steps counted from 0.
-        guidance_interval: (low, high), the noise levels sigma = sqrt((1 - ᾱ) / ᾱ) between which guidance is used, out of
-            0.03 to 14.6; beyond them a step does half the work (arXiv 2404.07724). None is everywhere.
-        cache_interval: compute the deep layers of the UNet in every n-th step only, and reuse what they found in those
-            between (DeepCache, arXiv 2312.00858). 1 computes them always.
-        tile_size: decode in tiles of so many pixels a side, a multiple of 32, to save memory; None decodes at once.
+        height, width: pixels, multiples of 8; None is the size that the checkpoint was made for, or its area in the
+            proportions of the input image. An image of other proportions is cropped to fit; `images.fit` pads.
+        sampler: a sampler object to use instead of sampler_name. It is copied; its `timesteps` are set to this call's.
+        context: what `encode_prompts` returns, to be used instead of prompts, with any number of tokens; or a function
+            context(step, n_steps), of a step's number from 0 and the number of steps, which returns it.
+        latents: (pictures, 4, height / 8, width / 8) to start from, noised to the first timestep that strength leaves;
+            pure noise wants strength 1.
+        callback: as for `denoise`.
+        progress: whether to show a bar.
 
     Returns:
-        A uint8 array (height, width, 3); for a list of n prompts (n, height, width, 3).
+        A uint8 array (height, width, 3); for a list of n prompts, or for n > 1 pictures, (n, height, width, 3).
 
     Raises:
         ValueError: an argument is out of range, or the tokenizer is not the text encoder's.
         FileNotFoundError: there is no such image, or no checkpoint in data/.
         FloatingPointError: the networks returned NaN or infinity.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    uncond_prompts = [uncond_prompt] * len(prompts) if isinstance(uncond_prompt, str) else list(uncond_prompt)
-    check_arguments(prompts, uncond_prompts, strength, cfg_scale, sampler_name, n_inference_steps, seed, height, width)
-    check_savings(guidance_interval, cache_interval, tile_size)
+    prompts, uncond_prompts = check_arguments(prompt, uncond_prompt, input_image, strength, cfg_scale, sampler_name,
+                                              seed, device, idle_device, height, width, sampler, context, latents)
+    from_noise = input_image is None and latents is None
+    sampler = plan(sampler or SAMPLERS[sampler_name](), n_inference_steps, 1.0 if from_noise else strength)
     image = None if input_image is None else open_image(input_image)
+    models = models or model_loader.default_models(str(device or model_loader.best_device()))
+    clip, unet, decoder = check_models(models, image is not None)
+    device = torch.device(device) if device else device_of(unet)
 
-    if models is None:
-        models = model_loader.default_models(str(device or model_loader.best_device()))
-    if tokenizer is None:
-        tokenizer = model_loader.default_tokenizer()
-    for name in ["clip", "diffusion", "decoder"] + ["encoder"] * (image is not None):
-        if name not in models:
-            raise ValueError(f"models has no {name!r}, but {list(models)}; give what "
-                             f"model_loader.preload_models_from_standard_weights returns")
-    clip, diffusion = models["clip"], models["diffusion"]
-    model_loader.check_tokenizer(tokenizer, clip.config.n_vocab)
-    if diffusion.config.in_channels != 4:
-        raise ValueError(f"this checkpoint's UNet takes {diffusion.config.in_channels} channels (an inpainting model "
-                         f"takes 9); generate() needs one that takes 4")
-    device = model_loader.check_device(device) if device else next(diffusion.parameters()).device
-    dtype = next(diffusion.parameters()).dtype
-    height, width = height or diffusion.config.sample_size, width or diffusion.config.sample_size
+    # The prompts become a context: (pictures, tokens, d), with guidance followed by as many to stay away from.
+    if context is None:
+        with on_device(clip, device, idle_device):
+            context = encode_prompts(prompts, uncond_prompts if do_cfg else [], clip,
+                                     tokenizer or model_loader.default_tokenizer())
+    n_pictures = count_pictures(prompts, context, latents, len(sampler.timesteps), do_cfg)
 
-    def serve(network, *inputs):
-        """Runs a network on the device and puts it away."""
-        dtype = next(network.parameters()).dtype
-        output = network.to(device)(*(x.to(device, dtype if x.is_floating_point() else x.dtype) for x in inputs))
-        if idle_device:
-            network.to(idle_device)
-        return output
+    # The loop starts from noise, or from the picture's latents with as much noise as strength leaves to remove.
+    if seed is not None or sampler.generator is None:
+        sampler.generator = seed_generators(seed, n_pictures)
+    if latents is None:
+        height, width = choose_size(height, width, unet.config.sample_size, image)
+        latents = draw_noise(sampler.generator, (n_pictures, 4, height // 8, width // 8))
+        if image is not None:
+            pixels = to_tensor(image, height, width)  # (1, 3, height, width)
+            with on_device(models["encoder"], device, idle_device) as encoder:
+                latents = encoder(*to_network(encoder, device, pixels, latents)).float()
+            latents = sampler.add_noise(latents, sampler.timesteps[0])
 
-    texts = prompts + uncond_prompts if do_cfg else prompts
-    context = serve(clip, tokenize(texts, tokenizer, clip.config.n_tokens)).to(dtype)  # (texts, 77, 768)
-
-    # One generator a picture, always on the CPU: a seed means the same picture on every device and in every batch.
-    seed = secrets.randbelow(2**32) if seed is None else seed
-    generators = [torch.Generator().manual_seed(int(seed) + k) for k in range(len(prompts))]
-    if sampler is None:
-        sampler = SAMPLERS[sampler_name](generators)
-    sampler.generator = generators
-    sampler.set_inference_timesteps(int(n_inference_steps))
-
-    latents_shape = (len(prompts), 4, height // 8, width // 8)
-    latents = draw_noise(generators, latents_shape).to(device)
-    if image is not None:
-        sampler.set_strength(strength)
-        latents = serve(models["encoder"], to_tensor(image, height, width), latents).float()
-        latents = sampler.add_noise(latents, sampler.timesteps[0])
-
-    diffusion.to(device)
-    are_finite = []
-    cache, was_guided = [], None
-    for step, timestep in enumerate(tqdm(sampler.timesteps, desc="denoising", unit="step")):
-        time_embedding = get_time_embedding(timestep, diffusion.config.channels[0])
-        time_embedding = time_embedding.to(device, dtype, non_blocking=True)
-        is_guided = do_cfg and (guidance_interval is None or is_within(guidance_interval, sampler.alpha_bar(timestep)))
-        if step % cache_interval == 0 or is_guided != was_guided:
-            cache.clear()
-        was_guided = is_guided
-        model_output = diffusion(latents.to(dtype), context if is_guided else context[: len(prompts)], time_embedding,
-                                 cache if cache_interval > 1 else None).float()
-        if is_guided:
-            cond, uncond = model_output.chunk(2)
-            model_output = uncond + cfg_scale * (cond - uncond)
-        latents = sampler.step(timestep, latents, model_output)
-        are_finite.append(latents.isfinite().all())
-        if device.type == "cpu" and not are_finite[-1]:  # elsewhere, looking would wait for the device at each step
-            break
-        if callback:
-            callback(step, timestep, latents)
-    check_finite(are_finite, dtype)
-    if idle_device:
-        diffusion.to(idle_device)
-
-    if tile_size:
-        decoder = models["decoder"].to(device)
-        images = decoder.decode_tiled(latents.to(next(decoder.parameters()).dtype), tile_size)
-        if idle_device:
-            decoder.to(idle_device)
-    else:
-        images = serve(models["decoder"], latents)
+    with on_device(unet, device, idle_device):
+        latents = denoise(unet, sampler, latents.to(device), context,
+                          7.5 if cfg_scale is None else cfg_scale, callback, progress)
+    with on_device(decoder, device, idle_device):
+        images = decoder(*to_network(decoder, device, latents))  # (pictures, 3, height, width) in [-1, 1]
     if not images.isfinite().all():
-        raise FloatingPointError(f"the decoder returned NaN or infinite pixels in {dtype}; try dtype float32")
+        raise FloatingPointError(f"the decoder returned NaN or infinite pixels in {images.dtype}; try dtype float32")
     images = to_uint8(images)
-    return images[0] if isinstance(prompt, str) else images
+    return images[0] if len(images) == 1 and not isinstance(prompt, (list, tuple)) else images
 
 
-def get_time_embedding(timestep, width=320):
-    """Returns the sinusoidal embedding of timesteps, cosines first (ldm/modules/diffusionmodules/util.py).
+def denoise(diffusion: nn.Module, sampler: DDPMSampler, latents: Tensor, context: Context, cfg_scale: Scale = 7.5,
+            callback: Callable | None = None, progress: bool = True) -> Tensor:
+    """Walks latents back to a picture's, one timestep after the other.
+
+    Guided where the context has twice the latents' rows: ε = ε_uncond + cfg_scale (ε_cond - ε_uncond), eq. 6 of
+    arXiv 2207.12598 with cfg_scale = 1 + w.
 
     Args:
-        timestep: a number in [0, 1000), or a tensor of them (batch,).
-        width: channels of the embedding: those of the UNet's first level.
+        diffusion: a `diffusion.Diffusion`, or what is called like one. If it has `for_run(sampler)`, what that returns
+            is called instead: there lives what belongs to one run alone.
+        sampler: planned, by `set_inference_timesteps` and `set_strength`.
+        latents: (pictures, 4, h / 8, w / 8) float32 at the noise level of sampler.timesteps[0].
+        context: (pictures or 2 * pictures, tokens, d), or a function of step and number of steps that returns it.
+        cfg_scale: the guidance scale, or a function that returns it for a noise level sigma = sqrt((1 - ᾱ) / ᾱ),
+            of 0.03 to 14.6; where it is 1, a step is unguided and half the work.
+        callback: called after each step as callback(step, timestep, latents), steps counted from 0; returns None, or
+            latents to go on with. There will be len(sampler.timesteps) calls.
+        progress: whether to show a bar.
 
     Returns:
-        (1 or batch, width) float32
+        (pictures, 4, h / 8, w / 8) float32, clean.
     """
-    half = width // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32) / half)
-    angles = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, 1).cpu() * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    if hasattr(diffusion, "for_run"):
+        diffusion = diffusion.for_run(sampler)
+    n_steps = len(sampler.timesteps)
+    for step, timestep in enumerate(show_progress(sampler.timesteps, progress)):
+        step_context = context(step, n_steps) if callable(context) else context
+        scale = cfg_scale(sigma_at(sampler, timestep)) if callable(cfg_scale) else cfg_scale
+        eps = predict_noise(diffusion, latents, timestep, step_context, scale)
+        latents = sampler.step(timestep, latents, eps)
+        if callback:
+            returned = callback(step, timestep, latents)
+            latents = latents if returned is None else returned
+        check_finite(latents, step, n_steps)
+    return latents
 
 
-def tokenize(texts, tokenizer, n_tokens=77):
+def predict_noise(diffusion: nn.Module, latents: Tensor, timestep: float, context: Tensor, cfg_scale: float) -> Tensor:
+    """Returns the predicted noise ε, guided if the context has twice the latents' rows, in float32 as the latents."""
+    n_pictures = len(latents)
+    if len(context) not in (n_pictures, 2 * n_pictures):
+        raise ValueError(f"context has {len(context)} rows for {n_pictures} pictures; give {n_pictures}, or with "
+                         f"guidance {2 * n_pictures}")
+    if cfg_scale == 1:
+        context = context[:n_pictures]
+    time_embedding = get_time_embedding(timestep, diffusion.config.channels[0])
+    eps = diffusion(*to_network(diffusion, latents.device, latents, context, time_embedding)).float()
+    if len(context) == n_pictures:
+        return eps
+    eps_cond, eps_uncond = eps.chunk(2)
+    return eps_uncond + float(cfg_scale) * (eps_cond - eps_uncond)
+
+
+def encode_prompts(prompts: list[str], uncond_prompts: list[str], clip: nn.Module, tokenizer) -> Tensor:
+    """Returns the context of some prompts, followed by that of what guidance is to stay away from.
+
+    Args:
+        prompts: one a picture.
+        uncond_prompts: as many, or none to draw without guidance.
+        clip: the text encoder.
+        tokenizer: what `model_loader.load_tokenizer` returns.
+
+    Returns:
+        (len(prompts) + len(uncond_prompts), 77, 768) on the text encoder's device, in its dtype.
+    """
+    model_loader.check_tokenizer(tokenizer, clip.config.n_vocab)
+    tokens = tokenize([*prompts, *uncond_prompts], tokenizer, clip.config.n_tokens)
+    return clip(tokens.to(device_of(clip)))
+
+
+def tokenize(texts: Sequence[str], tokenizer, n_tokens: int = 77) -> Tensor:
     """Returns token ids (texts, n_tokens) int64, padded with the end token; warns of what did not fit."""
     rows = []
-    for text, ids in zip(texts, tokenizer(texts, verbose=False).input_ids):
+    for text, ids in zip(texts, tokenizer(list(texts), verbose=False).input_ids):
         end = ids[-1]
         if len(ids) > n_tokens:
             dropped = tokenizer.decode(ids[n_tokens - 1 : -1])
-            warnings.warn(f"the prompt has {len(ids)} tokens, the text encoder takes {n_tokens}: dropped {dropped!r}",
-                          stacklevel=3)
+            warn(f"the prompt {text[:40]!r} has {len(ids)} tokens, the text encoder takes {n_tokens}: "
+                 f"dropped {dropped!r}")
         ids = ids[:-1][: n_tokens - 1]
         rows.append(ids + [end] * (n_tokens - len(ids)))
-    return torch.tensor(rows)
+    return torch.tensor(rows, device="cpu")
 
 
-def open_image(image):
-    """Returns a PIL image, an array or the file at a path as an upright RGB PIL image; transparency becomes white."""
-    if isinstance(image, (str, os.PathLike)):
-        if not Path(image).is_file():
-            raise FileNotFoundError(f"{image}: no such image; give the path of a picture file")
-        try:
-            image = Image.open(image)
-            image.load()
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{image}: not a picture that can be read ({error}); give a PNG or JPEG file") from None
-    elif not isinstance(image, Image.Image):
-        image = array_to_image(np.asarray(image))
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+# ---- devices
 
 
-def array_to_image(array):
-    """Returns a uint8, uint16 or float [0, 1] array, (h, w) or (h, w, 1, 3 or 4), as a PIL image."""
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)) or 0 in array.shape:
-        raise ValueError(f"input_image has shape {array.shape}; allowed are (h, w), (h, w, 1), (h, w, 3) and (h, w, 4)")
-    if array.dtype == np.uint16:
-        array = array / 65535
-    if array.dtype.kind == "f":
-        if not (array.min() >= 0 and array.max() <= 1):
-            raise ValueError(f"input_image has values from {array.min()} to {array.max()}; floats must lie in [0, 1]")
-        array = (array * 255).round().astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise ValueError(f"input_image has dtype {array.dtype}; allowed are uint8, uint16 and floats in [0, 1]")
-    return Image.fromarray(array)
-
-
-def to_tensor(image, height, width):
-    """PIL RGB image -> (1, 3, height, width) float32 in [-1, 1]"""
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
-    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]
-
-
-def to_uint8(images):
-    """(batch, 3, h, w) in [-1, 1] -> (batch, h, w, 3) uint8 array"""
-    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def check_finite(are_finite, dtype):
-    """Raises if the latents were not finite after a step; `are_finite` has a boolean tensor a step."""
-    are_finite = torch.stack(are_finite).tolist()
-    if not all(are_finite):
-        raise FloatingPointError(f"the latents hold NaN or infinity after step {are_finite.index(False)} (from 0), in "
-                                 f"{dtype}; try dtype float32, or a lower cfg_scale")
-
-
-def check_arguments(prompts, uncond_prompts, strength, cfg_scale, sampler_name, n_inference_steps, seed, height, width):
-    """Raises ValueError, in one line, for the first argument of `generate` that is out of range."""
-
-    def require(condition, what):
-        if not condition:
-            raise ValueError(what)
-
-    for name, texts in [("prompt", prompts), ("uncond_prompt", uncond_prompts)]:
-        require(texts, f"{name} is an empty list; give at least one text")
-        are_texts = all(isinstance(text, str) for text in texts)
-        require(are_texts, f"{name} is {texts!r:.80}; give a text or a list of texts")
-    require(len(prompts) == len(uncond_prompts), f"there are {len(prompts)} prompts but {len(uncond_prompts)} "
-            f"uncond_prompts; give one for all, or as many as prompts")
-    require(is_number(strength) and 0 < strength <= 1, f"strength is {strength!r}; it must lie in (0, 1]")
-    require(is_number(cfg_scale) and math.isfinite(cfg_scale),
-            f"cfg_scale is {cfg_scale!r}; give a finite number, such as 7.5")
-    require(sampler_name in SAMPLERS, f"sampler_name is {sampler_name!r}; known are {', '.join(SAMPLERS)}")
-    require(is_whole(n_inference_steps) and 1 <= n_inference_steps <= 1000,
-            f"n_inference_steps is {n_inference_steps!r}; give a whole number from 1 to 1000")
-    require(seed is None or is_whole(seed) and 0 <= seed < 2**63,
-            f"seed is {seed!r}; give a whole number from 0 to 2**63 - 1")
-    for name, size in [("height", height), ("width", width)]:
-        require(size is None or is_whole(size) and size > 0 and size % 8 == 0,
-                f"{name} is {size!r}; give a positive multiple of 8")
-
-
-def check_savings(guidance_interval, cache_interval, tile_size):
-    """Raises ValueError, in one line, for the first argument of `generate` that saves work and is out of range."""
-    if guidance_interval is not None:
-        try:
-            low, high = guidance_interval
-        except (TypeError, ValueError):
-            low = high = None
-        if not (is_number(low) and is_number(high) and 0 <= low <= high):
-            raise ValueError(f"guidance_interval is {guidance_interval!r}; give two noise levels (low, high), such as "
-                             f"(0.3, 5.0), or None")
-    if not (is_whole(cache_interval) and cache_interval >= 1):
-        raise ValueError(f"cache_interval is {cache_interval!r}; give a whole number from 1 (no caching)")
-    if tile_size is not None and not (is_whole(tile_size) and tile_size >= 64 and tile_size % 32 == 0):
-        raise ValueError(f"tile_size is {tile_size!r}; give a multiple of 32 from 64, or None")
-
-
-def is_within(interval, alpha_bar):
-    """Whether the noise level sigma of this ᾱ lies in the interval (low, high)."""
-    low, high = interval
-    return low <= math.sqrt((1 - alpha_bar) / alpha_bar) <= high
-
-
-def is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def is_whole(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def save_picture(image, path, parameters, overwrite=False):
-    """Writes a uint8 array (h, w, 3) as a PNG file with a text chunk `parameters`, whole or not at all."""
-    if os.path.exists(path) and not overwrite:
-        raise FileExistsError(f"{path}: exists already; name another file, or allow overwriting")
-    info = PngImagePlugin.PngInfo()
-    info.add_text("parameters", parameters)
-    temporary = f"{path}.{os.getpid()}.tmp"
+@contextmanager
+def on_device(network: nn.Module, device: torch.device, idle_device) -> Iterator[nn.Module]:
+    """Has a network on the device within a `with` block, and on idle_device, if there is one, after it."""
     try:
-        Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
-        os.replace(temporary, path)
+        yield network.to(device)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        if idle_device:
+            network.to(idle_device)
 
 
-def main(arguments):
-    """The command line: draws `--count` pictures and writes each to a file of its own."""
-    output = Path(arguments.output)
-    if output.suffix.lower() != ".png":
-        raise ValueError(f"--output is {str(output)!r}; pictures are written as PNG: give a name that ends in .png")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"--output is {str(output)!r}, but there is no folder {output.parent}; make it first")
-    if arguments.count < 1:
-        raise ValueError(f"--count is {arguments.count}; give a whole number from 1")
-    paths = [output]
-    if arguments.count > 1:
-        paths = [output.with_stem(f"{output.stem}-{k + 1}") for k in range(arguments.count)]
-    for path in paths:
-        if path.exists() and not arguments.overwrite:
-            raise FileExistsError(f"{path} exists already; name another with --output, or replace it with --overwrite")
-    seed = secrets.randbelow(2**32) if arguments.seed is None else arguments.seed
-    settings = dict(uncond_prompt=arguments.uncond_prompt, input_image=arguments.input_image,
-                    strength=arguments.strength, cfg_scale=arguments.cfg_scale, sampler_name=arguments.sampler,
-                    n_inference_steps=arguments.steps, height=arguments.height, width=arguments.width,
-                    guidance_interval=arguments.guidance_interval, cache_interval=arguments.cache_interval,
-                    tile_size=arguments.tile_size)
-
-    checkpoint = arguments.checkpoint or model_loader.find_checkpoint()
-    device = arguments.device or model_loader.best_device()
-    pack = model_loader.pays_to_pack(checkpoint, device, arguments.dtype)
-    models = model_loader.preload_models_from_standard_weights(checkpoint, device, arguments.dtype, pack=pack,
-                                                               compile=arguments.compile)
-    dtype = next(models["diffusion"].parameters()).dtype
-    print(f"checkpoint {checkpoint}, device {device} ({str(dtype).removeprefix('torch.')}), seed {seed}")
-    for k, path in enumerate(paths):
-        image = generate(arguments.prompt, models=models, seed=seed + k, device=device, **settings)
-        parameters = describe(arguments.prompt, image, seed + k, checkpoint, settings)
-        save_picture(image, path, parameters, arguments.overwrite)
-        print(f"wrote {path}")
+def to_network(network: nn.Module, device: torch.device, *inputs: Tensor) -> list[Tensor]:
+    """Returns floating point tensors on the device in the network's dtype; float32 if it has no weights of its own."""
+    dtype = next((weight.dtype for weight in network.parameters()), torch.float32)
+    return [x.to(device, dtype, non_blocking=True) for x in inputs]
 
 
-def describe(prompt, image, seed, checkpoint, settings):
-    """Returns prompt, settings and seed in the text form that Stable Diffusion web UIs read back from a PNG file."""
-    fields = {
-        "Steps": settings["n_inference_steps"],
-        "Sampler": WEB_UI_NAMES[settings["sampler_name"]],
-        "CFG scale": settings["cfg_scale"],
-        "Seed": seed,
-        "Size": f"{image.shape[1]}x{image.shape[0]}",
-        "Model": Path(checkpoint).stem,
-    }
-    if settings["input_image"]:
-        fields["Denoising strength"] = settings["strength"]
-    lines = [prompt]
-    if settings["uncond_prompt"]:
-        lines.append(f"Negative prompt: {settings['uncond_prompt']}")
-    return "\n".join(lines + [", ".join(f"{name}: {value}" for name, value in fields.items())])
+def device_of(network: nn.Module) -> torch.device:
+    """Returns where a network's weights are; the CPU if it has none of its own."""
+    return next((weight.device for weight in network.parameters()), torch.device("cpu"))
 
 
-WEB_UI_NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "plms": "PLMS", "euler": "Euler", "euler_a": "Euler a", "heun": "Heun",
-                "lms": "LMS", "dpmpp_2m": "DPM++ 2M", "dpmpp_2m_sde": "DPM++ 2M SDE", "lcm": "LCM"}
+# ---- what a call needs before it can begin
 
 
-if __name__ == "__main__":
+def plan(sampler: DDPMSampler, n_steps: int, strength: float) -> DDPMSampler:
+    """Returns a copy of the sampler, planned for this run, so that one sampler can serve several calls at a time."""
+    planned = copy.copy(sampler)
     try:
-        main(arguments)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
+        planned.set_inference_timesteps(n_steps)
+    except ValueError as error:  # in the words of `generate`
+        raise ValueError(str(error).replace("num_inference_steps", "n_inference_steps")) from None
+    planned.set_strength(strength)
+    sampler.timesteps = planned.timesteps  # for a callback that wants to know how many there will be
+    return planned
+
+
+def seed_generators(seed: int | None, n_pictures: int) -> list[torch.Generator]:
+    """One generator a picture, always on the CPU: a seed means the same picture on every device and in every batch."""
+    seed = secrets.randbelow(2**32) if seed is None else int(seed)
+    return [torch.Generator("cpu").manual_seed(seed + k) for k in range(n_pictures)]
+
+
+def sigma_at(sampler: DDPMSampler, timestep: float) -> float:
+    alpha_bar = sampler.alpha_bar(timestep)
+    return math.sqrt((1 - alpha_bar) / alpha_bar)
+
+
+def choose_size(height: int | None, width: int | None, native: int, image) -> tuple[int, int]:
+    """Returns height and width in pixels: what is asked for, else the checkpoint's own, in the image's proportions."""
+    if image is not None and height is None and width is None:
+        return native_size(image, native)
+    return int(height or native), int(width or native)
+
+
+def count_pictures(prompts: list[str], context: Context, latents: Tensor | None, n_steps: int, do_cfg: bool) -> int:
+    """Returns how many pictures are asked for, by the latents, the prompts, or the rows of the context."""
+    if latents is not None:
+        return len(latents)
+    if prompts:
+        return len(prompts)
+    n_rows = len(context(0, n_steps) if callable(context) else context)
+    return n_rows // 2 if do_cfg else n_rows
+
+
+def show_progress(timesteps: list, progress: bool) -> Iterator:
+    """Yields the timesteps under tqdm's bar, and without it where it cannot be written: no picture is lost for a closed
+    terminal."""
+    bar = None
+    cannot_write = suppress(OSError, ValueError, AttributeError)
+    with cannot_write:
+        bar = tqdm(total=len(timesteps), desc="denoising", unit="step", disable=not progress or sys.stderr is None)
+    try:
+        for timestep in timesteps:
+            yield timestep
+            with cannot_write:
+                bar.update()
+    finally:
+        with cannot_write:
+            bar.close()
+
+
+def check_finite(latents: Tensor, step: int, n_steps: int) -> None:
+    """Raises FloatingPointError for NaN and infinity. On a GPU only the last step is looked at, which has them if one
+    before it had: looking waits for the GPU."""
+    if (latents.device.type == "cpu" or step == n_steps - 1) and not latents.isfinite().all():
+        raise FloatingPointError(f"the latents hold NaN or infinity after step {step} (from 0); try dtype float32, or "
+                                 f"a lower cfg_scale")
+
+
+def warn(message: str) -> None:
+    """Warns, and points at the line that called into this file."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_code.co_filename.startswith((__file__, torch.__path__[0])):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

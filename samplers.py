@@ -40,7 +40,9 @@ class DDIMSampler(DDPMSampler):
     apart, the latents are therefore noisier than the model is told: better take another spacing.
     """
 
-    def __init__(self, generator, *, eta=0.0, set_alpha_to_one=False, **schedule):
+    name, label = "ddim", "DDIM"
+
+    def __init__(self, generator=None, *, eta=0.0, set_alpha_to_one=False, **schedule):
         super().__init__(generator, **schedule)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta is {eta!r}: give a number from 0 (no noise) to 1 (as much as DDPM)")
@@ -73,13 +75,15 @@ class PLMSSampler(DDPMSampler):
     are 1000 // n timesteps long, with the same caution about "linspace" as in DDIMSampler.
     """
 
+    name, label = "plms", "PLMS"
+
     # Of the newest prediction, the one before, ...: Adams-Bashforth of orders 1 to 4 (eq. 12).
     WEIGHTS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
     in_order = True
     repeats = False  # whether the list of calls that strength leaves has the repeated one
 
-    def __init__(self, generator, *, set_alpha_to_one=False, **schedule):
+    def __init__(self, generator=None, *, set_alpha_to_one=False, **schedule):
         super().__init__(generator, **schedule)
         self.final_alpha_bar = 1.0 if set_alpha_to_one else float(self.alphas_cumprod[0])
 
@@ -131,7 +135,9 @@ class EulerSampler(DDPMSampler):
     "linspace" spacing and Karras sigmas give fractional timesteps, which the model's time embedding takes as they are.
     """
 
-    def __init__(self, generator, *, use_karras_sigmas=False, timestep_spacing="linspace", **schedule):
+    name, label = "euler", "Euler"
+
+    def __init__(self, generator=None, *, use_karras_sigmas=False, timestep_spacing="linspace", **schedule):
         super().__init__(generator, timestep_spacing=timestep_spacing, **schedule)
         self.use_karras_sigmas = use_karras_sigmas
         self.training_sigmas = np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
@@ -168,6 +174,8 @@ class EulerAncestralSampler(EulerSampler):
     σ_up is the standard deviation of DDPM's posterior: between equal levels this is DDPM's step.
     """
 
+    name, label = "euler_a", "Euler a"
+
     def get_coefficients(self):
         """Of x + (σ_down - σ) ε + σ_up z, in the scale of σ, where σ_down² + σ_up² = σ_next²."""
         coefficients = []
@@ -185,6 +193,8 @@ class HeunSampler(EulerSampler):
     n steps call the model 2n - 1 times, so every timestep but the first is listed twice: once to correct the step that
     led there, once to leave. The last step, to σ = 0, is Euler's, since no ε is to be had there.
     """
+
+    name, label = "heun", "Heun"
 
     in_order = True
 
@@ -209,6 +219,8 @@ class LMSSampler(EulerSampler):
     The cubic through the last four ε, as a function of σ, is integrated exactly; the first steps have fewer to go by.
     diffusers, whose run in the middle starts with the weights of a cubic but a single ε, was not followed there.
     """
+
+    name, label = "lms", "LMS"
 
     in_order = True
 
@@ -241,6 +253,8 @@ class DPMpp2MSampler(EulerSampler):
     use_karras_sigmas: as EulerSampler's, but between the σ of the last trained timestep and the first, with timesteps
     rounded, so that some at the end may be equal.
     """
+
+    name, label = "dpmpp_2m", "DPM++ 2M"
 
     in_order = True
     stochastic = False
@@ -291,6 +305,8 @@ class DPMpp2MSampler(EulerSampler):
 class DPMpp2MSDESampler(DPMpp2MSampler):
     """SDE-DPM-Solver++(2M) (same paper): DPMpp2MSampler on the diffusion SDE, so each step but the last adds noise."""
 
+    name, label = "dpmpp_2m_sde", "DPM++ 2M SDE"
+
     stochastic = True
 
 
@@ -303,9 +319,11 @@ class LCMSampler(DDPMSampler):
     timestep_scaling: how fast the boundary condition c_skip, c_out lets go of the latents as t rises from 0.
     """
 
+    name, label = "lcm", "LCM"
+
     SIGMA_DATA = 0.5
 
-    def __init__(self, generator, *, original_inference_steps=50, timestep_scaling=10.0, **schedule):
+    def __init__(self, generator=None, *, original_inference_steps=50, timestep_scaling=10.0, **schedule):
         super().__init__(generator, **schedule)
         original, most = original_inference_steps, self.num_training_steps
         if not isinstance(original, int) or not 1 <= original <= most:
@@ -352,15 +370,6 @@ def weighted_sum(weights, tensors):
     return sum(weight * tensor for weight, tensor in zip(weights, tensors, strict=True))
 
 
-SAMPLERS = {
-    "ddpm": DDPMSampler,
-    "ddim": DDIMSampler,
-    "plms": PLMSSampler,
-    "euler": EulerSampler,
-    "euler_a": EulerAncestralSampler,
-    "heun": HeunSampler,
-    "lms": LMSSampler,
-    "dpmpp_2m": DPMpp2MSampler,
-    "dpmpp_2m_sde": DPMpp2MSDESampler,
-    "lcm": LCMSampler,
-}
+SAMPLERS = {sampler.name: sampler for sampler in (
+    DDPMSampler, DDIMSampler, PLMSSampler, EulerSampler, EulerAncestralSampler, HeunSampler, LMSSampler, DPMpp2MSampler,
+    DPMpp2MSDESampler, LCMSampler)}

@@ -1,6 +1,6 @@
 """How many pictures a second on an NVIDIA GPU, next to diffusers, eager and compiled?
 
-    python benchmarks/gpu.py [--batches 1 4 8 16 32] [--steps 20] [--rounds 3] [--no-compile]
+    python -m benchmarks.gpu [--batches 1 4 8 16 32] [--steps 20] [--rounds 3] [--no-compile]
 
 One random checkpoint of full size (2 GiB, made on first use), float16, 512x512 pixels with guidance, DDIM; ours and
 diffusers', each plain and compiled (torch.compile, mode "reduce-overhead": a minute or two for each batch size, not
@@ -12,10 +12,10 @@ Writes benchmarks/results/gpu.md.
 
 import argparse
 
-import peers
 import torch
 
 import model_loader
+from benchmarks import measure
 from decoder import VAE_Decoder
 from diffusion import Diffusion
 from pipeline import generate
@@ -24,8 +24,8 @@ PROMPT = "a futuristic city on Mars during sunset"
 
 
 def flop_of_a_picture(steps):
-    step = peers.count_flop(Diffusion, (2, 4, 64, 64), (2, 77, 768), (1, 320))
-    return steps * step + peers.count_flop(VAE_Decoder, (1, 4, 64, 64))
+    step = measure.count_flop(Diffusion, (2, 4, 64, 64), (2, 77, 768), (1, 320))
+    return steps * step + measure.count_flop(VAE_Decoder, (1, 4, 64, 64))
 
 
 def matrix_rate(size=8192):
@@ -37,7 +37,7 @@ def matrix_rate(size=8192):
             a @ b
         torch.cuda.synchronize()
 
-    return 10 * 2 * size**3 / min(peers.timed(multiply) for _ in range(10)) / 1e9
+    return 10 * 2 * size**3 / min(measure.timed(multiply) for _ in range(10)) / 1e9
 
 
 def candidates(path, steps, with_compile):
@@ -45,7 +45,7 @@ def candidates(path, steps, with_compile):
     tokenizer, drawers = model_loader.load_tokenizer(), {}
     for is_compiled in [False, True][: 1 + with_compile]:
         models = model_loader.preload_models_from_standard_weights(path, "cuda", "float16", compile=is_compiled)
-        pipeline = peers.diffusers_pipeline(path, torch.float16).to("cuda")
+        pipeline = measure.diffusers_pipeline(path, torch.float16).to("cuda")
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
         if is_compiled:
@@ -69,20 +69,20 @@ def main():
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("error: PyTorch finds no CUDA device on this machine, which this benchmark needs")
-    drawers = candidates(peers.random_checkpoint(), arguments.steps, not arguments.no_compile)
+    drawers = candidates(measure.random_checkpoint(), arguments.steps, not arguments.no_compile)
     rate, flop, rows = matrix_rate(), flop_of_a_picture(arguments.steps), []
     for batch in arguments.batches:
-        times = peers.interleave({name: lambda draw=draw: draw(batch) for name, draw in drawers.items()}, arguments.rounds)
+        times = measure.interleave({name: lambda draw=draw: draw(batch) for name, draw in drawers.items()}, arguments.rounds)
         for name in drawers:
-            speed = batch / peers.statistics.median(times[name])
-            rows.append([batch, name, f"{speed:.2f}", f"{peers.ratio(times, 'diffusers', name):.2f}",
+            speed = batch / measure.statistics.median(times[name])
+            rows.append([batch, name, f"{speed:.2f}", f"{measure.ratio(times, 'diffusers', name):.2f}",
                          f"{speed * flop / 1e9 / rate:.0%}"])
     header = ["batch", "", "pictures a second", "times as fast as diffusers", "of the matrix rate"]
-    peers.write("gpu.md", f"""\
-{peers.table(header, rows)}
+    measure.write("gpu.md", f"""\
+{measure.table(header, rows)}
 
 {torch.cuda.get_device_name()}, float16, 512x512, {arguments.steps} steps with guidance; medians of {arguments.rounds} rounds. A matrix product reached
-{rate / 1000:.0f} TFLOP/s in bfloat16. {peers.peer_versions()}""")
+{rate / 1000:.0f} TFLOP/s in bfloat16. {measure.peer_versions()}""")
 
 
 if __name__ == "__main__":

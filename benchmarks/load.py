@@ -1,6 +1,6 @@
 """From file to ready modules: how long does it take, and how much memory, next to diffusers' `from_single_file`?
 
-    python benchmarks/load.py [--rounds 3] [--formats safetensors ckpt] [--files float32 float16] [--dtypes bfloat16 float32]
+    python -m benchmarks.load [--rounds 3] [--formats safetensors ckpt] [--files float32 float16] [--dtypes bfloat16 float32]
 
 Loads the same random checkpoint of full size, each time in a new process and ours and diffusers' in turn: in float32 as
 SD 1.5 was published (4 GiB), and in float16 (2 GiB); made on first use and in the page cache. `load` is the time inside
@@ -18,8 +18,9 @@ import importlib.util
 import json
 import sys
 
-import peers
 import torch
+
+from benchmarks import measure
 
 NAMES = ["ours", "diffusers", "diffusers without accelerate"]
 LIMIT = 1.1  # anonymous memory that loading may take, in sizes of the weights
@@ -44,10 +45,10 @@ def load(name, path, dtype):
         from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401  for these not to count either
 
         def from_file():
-            pipeline = peers.diffusers_pipeline(path, dtype)
+            pipeline = measure.diffusers_pipeline(path, dtype)
             return pipeline.text_encoder, pipeline.vae, pipeline.unet
 
-    modules, measured = peers.watch_memory(from_file)
+    modules, measured = measure.watch_memory(from_file)
     size = sum(weight.nbytes for module in modules for weight in module.parameters()) / 2**20
     print(json.dumps({"load": measured["seconds"], "cpu": measured["cpu"], "memory": measured["grown"] / size}))
 
@@ -58,14 +59,14 @@ def compare(path, dtype, rounds):
     runs = {name: [] for name in NAMES}
     for round in range(rounds + 1):
         for name in NAMES:
-            run = peers.in_child(__file__, "--child", name, path, dtype)
+            run = measure.in_child(__file__, "--child", name, path, dtype)
             print(f"round {round} {path.name} {dtype} {name}: {run}" + " (warm-up)" * (round == 0), flush=True)
             if round:
                 runs[name].append(run)
     times, rows = {name: [run["load"] for run in runs[name]] for name in NAMES}, []
     for name in NAMES:
-        figures = [f"{peers.median(runs[name], what):.2f}" for what in ("load", "process", "memory")]
-        rows.append([path.name.removeprefix("random-"), dtype, name, *figures, f"{peers.ratio(times, 'ours', name):.2f}"])
+        figures = [f"{measure.median(runs[name], what):.2f}" for what in ("load", "process", "memory")]
+        rows.append([path.name.removeprefix("random-"), dtype, name, *figures, f"{measure.ratio(times, 'ours', name):.2f}"])
     return rows, max(run["memory"] for run in runs["ours"])
 
 
@@ -80,15 +81,15 @@ def main():
     arguments = parser.parse_args()
     if arguments.child:
         return load(*arguments.child)
-    results = [compare(peers.random_checkpoint(f".{suffix}", getattr(torch, file)), dtype, arguments.rounds)
+    results = [compare(measure.random_checkpoint(f".{suffix}", getattr(torch, file)), dtype, arguments.rounds)
                for file in arguments.files for suffix in arguments.formats for dtype in arguments.dtypes]
     header = ["file", "loaded as", "", "load, s", "process, s", "memory", "ours / this"]
-    text = peers.table(header, [row for rows, _ in results for row in rows])
-    peers.write("load.md", f"""\
+    text = measure.table(header, [row for rows, _ in results for row in rows])
+    measure.write("load.md", f"""\
 {text}
 
 Medians of {arguments.rounds} rounds, the file in the page cache; memory in sizes of the loaded weights.
-{peers.peer_versions()}""")
+{measure.peer_versions()}""")
     worst = max(memory for _, memory in results)
     if worst > LIMIT:
         sys.exit(f"loading took {worst:.2f} of the weights' size, more than {LIMIT}")

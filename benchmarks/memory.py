@@ -1,6 +1,6 @@
 """How much memory does a whole 512x512 picture take in bfloat16 on the CPU, next to diffusers?
 
-    python benchmarks/memory.py [--rounds 1] [--steps 3]
+    python -m benchmarks.memory [--rounds 1] [--steps 3]
 
 Each in a process of its own, in turn, from the same random float16 checkpoint of full size (2 GiB, made on first use):
 load, encode the prompt, denoise with guidance, decode, save a PNG. `resident` is the peak of all that the process has
@@ -19,8 +19,9 @@ import json
 import tempfile
 from pathlib import Path
 
-import peers
 import torch
+
+from benchmarks import measure
 
 NAMES = ["ours", "diffusers"]
 TILE_SIZE = 512
@@ -41,11 +42,11 @@ def draw(name, path, steps):
             return Image.fromarray(image)
     else:
         def from_file():
-            pipeline = peers.diffusers_pipeline(path, torch.bfloat16)
+            pipeline = measure.diffusers_pipeline(path, torch.bfloat16)
             return pipeline(PROMPT, num_inference_steps=steps, generator=torch.Generator().manual_seed(42)).images[0]
 
     with tempfile.TemporaryDirectory() as folder:
-        image, measured = peers.watch_memory(lambda: from_file().save(Path(folder) / "picture.png"))
+        image, measured = measure.watch_memory(lambda: from_file().save(Path(folder) / "picture.png"))
     print(json.dumps(measured))
 
 
@@ -61,7 +62,7 @@ def decode(path):
         latents = torch.randn(1, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(0)).bfloat16()
         run = (lambda: decoder.decode_tiled(latents, tile_size)) if tile_size else (lambda: decoder(latents))
         ctypes.CDLL(None).malloc_trim(0)  # what loading has freed goes back to the system, or it would hide the growth
-        picture, memory = peers.watch_memory(run)
+        picture, memory = measure.watch_memory(run)
         pictures[size, tile_size] = picture.float().clamp(-1, 1) * 127.5
         name = f"{size}x{size}, {f'tiles of {tile_size}' if tile_size else 'at once'}"
         measured[name] = [memory["grown"], memory["seconds"]]
@@ -78,28 +79,28 @@ def main():
     if arguments.child:
         name, path = arguments.child
         return decode(path) if name == "decode" else draw(name, path, arguments.steps)
-    path, runs = peers.random_checkpoint(), {name: [] for name in NAMES}
+    path, runs = measure.random_checkpoint(), {name: [] for name in NAMES}
     for round in range(arguments.rounds):
         for name in NAMES:
-            run = peers.in_child(__file__, "--child", name, path, "--steps", arguments.steps)
+            run = measure.in_child(__file__, "--child", name, path, "--steps", arguments.steps)
             print(f"round {round} {name}: {run}", flush=True)
             runs[name].append(run)
-    medians = {name: [peers.median(runs[name], what) for what in ("resident", "anonymous")] for name in NAMES}
+    medians = {name: [measure.median(runs[name], what) for what in ("resident", "anonymous")] for name in NAMES}
     rows = [[name, *(f"{size:.0f}" for size in medians[name])] for name in NAMES]
     ratios = [f"{ours / theirs:.2f}" for ours, theirs in zip(medians["ours"], medians["diffusers"])]
-    text = peers.table(["512x512", "peak resident, MiB", "peak anonymous, MiB"],
+    text = measure.table(["512x512", "peak resident, MiB", "peak anonymous, MiB"],
                        [*rows, ["ours / diffusers", *ratios]])
-    decoding = peers.in_child(__file__, "--child", "decode", path)
+    decoding = measure.in_child(__file__, "--child", "decode", path)
     rows = [[name, f"{grown:.0f}", f"{seconds:.1f}"] for name, (grown, seconds) in decoding["decode"].items()]
-    peers.write("memory.md", f"""\
+    measure.write("memory.md", f"""\
 {text}
 
-{peers.table(["decoding", "adds at most, MiB", "s"], rows)}
+{measure.table(["decoding", "adds at most, MiB", "s"], rows)}
 
 At 1024x1024, tiled and at once differ by {decoding['difference']:.2f} grey levels of 255 on average.
 
 Medians of {arguments.rounds} processes, {arguments.steps} steps with guidance, bfloat16, weights of 2034 MiB.
-{peers.peer_versions()}""")
+{measure.peer_versions()}""")
 
 
 if __name__ == "__main__":

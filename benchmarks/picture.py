@@ -1,6 +1,6 @@
 """A whole picture, from command to file: how long does it take, and how long next to diffusers?
 
-    python benchmarks/picture.py [--rounds 3] [--steps 4] [--only-small]
+    python -m benchmarks.picture [--rounds 3] [--steps 4] [--only-small]
 
 First the command with the embedded model, 20 steps, and `--help`, each in a fresh process: wall and CPU seconds (of all
 threads). Aims: a picture in 8 s of wall time, the help in 0.3 s of CPU time. Then a picture of 512x512 pixels from the
@@ -19,8 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import peers
 import torch
+
+from benchmarks import measure
 
 PROMPT = "a futuristic city on Mars during sunset"
 COMMAND = ["a red apple", "--steps", "20", "--sampler", "dpmpp_2m", "--cfg-scale", "4", "--checkpoint",
@@ -28,9 +29,9 @@ COMMAND = ["a red apple", "--steps", "20", "--sampler", "dpmpp_2m", "--cfg-scale
 
 
 def run(*arguments):
-    """Runs pipeline.py and returns (wall, CPU) seconds."""
+    """Runs cli.py and returns (wall, CPU) seconds."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, "pipeline.py", *arguments], cwd=peers.ROOT, check=True, capture_output=True)
+    subprocess.run([sys.executable, "cli.py", *arguments], cwd=measure.ROOT, check=True, capture_output=True)
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -53,10 +54,10 @@ def full_size_times(rounds, steps):
     import model_loader
     from pipeline import generate
 
-    path = peers.random_checkpoint()
+    path = measure.random_checkpoint()
     models = model_loader.preload_models_from_standard_weights(path, "cpu", "bfloat16", pack=True)
     tokenizer = model_loader.load_tokenizer()
-    pipeline = peers.diffusers_pipeline(path, torch.bfloat16)
+    pipeline = measure.diffusers_pipeline(path, torch.bfloat16)
 
     def ours():
         generate(PROMPT, models=models, tokenizer=tokenizer, sampler_name="ddim", n_inference_steps=steps, seed=42)
@@ -64,7 +65,7 @@ def full_size_times(rounds, steps):
     def theirs():
         pipeline(PROMPT, num_inference_steps=steps, generator=torch.Generator().manual_seed(42))
 
-    return peers.interleave({"ours": ours, "diffusers": theirs}, rounds)
+    return measure.interleave({"ours": ours, "diffusers": theirs}, rounds)
 
 
 def main():
@@ -74,14 +75,14 @@ def main():
     parser.add_argument("--only-small", action="store_true", help="the command alone, without the full size")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    text = peers.table(["python pipeline.py, embedded model", "wall, s", "CPU, s"], command_times(arguments.rounds))
+    text = measure.table(["python cli.py, embedded model", "wall, s", "CPU, s"], command_times(arguments.rounds))
     if not arguments.only_small:
         times = full_size_times(arguments.rounds, arguments.steps)
         rows = [[name, f"{sorted(seconds)[arguments.rounds // 2]:.1f}"] for name, seconds in times.items()]
-        ratio = f"{peers.ratio(times, 'ours', 'diffusers'):.2f}"
-        text += "\n\n" + peers.table([f"512x512, {arguments.steps} steps, bfloat16", "wall, s"],
+        ratio = f"{measure.ratio(times, 'ours', 'diffusers'):.2f}"
+        text += "\n\n" + measure.table([f"512x512, {arguments.steps} steps, bfloat16", "wall, s"],
                                      [*rows, ["ours / diffusers", ratio]])
-    peers.write("picture.md", f"{text}\n\nMedians of {arguments.rounds} rounds. {peers.peer_versions()}")
+    measure.write("picture.md", f"{text}\n\nMedians of {arguments.rounds} rounds. {measure.peer_versions()}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How fast does each sampler reach its own limit? One contact sheet, samplers by steps, and a table of distances.
 
-    python benchmarks/samplers.py [--checkpoint FILE] [--prompt TEXT]
+    python -m benchmarks.samplers [--checkpoint FILE] [--prompt TEXT]
 
 Writes benchmarks/results/samplers.png and benchmarks/results/samplers.md. Each picture starts from the same noise. The
 distance is the root mean square difference, in grey levels of 255, to the picture of the same sampler at 200 steps. For
@@ -12,11 +12,11 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import peers
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import model_loader
+from benchmarks import measure
 from pipeline import generate
 from samplers import SAMPLERS
 
@@ -70,8 +70,8 @@ def main():
     pictures = draw_all(models, model_loader.load_tokenizer(), arguments.prompt, arguments.cfg_scale, arguments.seed)
     text = (f"`{Path(checkpoint).name}`, “{arguments.prompt}”, guidance {arguments.cfg_scale}, seed {arguments.seed}, "
             f"float32; distance to {LIMIT} steps of the same sampler (50 for lcm), in grey levels\n\n{table(pictures)}")
-    peers.replace("samplers.png", lambda path: contact_sheet(pictures).save(path, format="PNG"))
-    peers.write("samplers.md", text)
+    measure.replace("samplers.png", lambda path: contact_sheet(pictures).save(path, format="PNG"))
+    measure.write("samplers.md", text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What do a guidance interval and cached deep layers save, and what do they cost in quality? One plot and a table.
 
-    python benchmarks/savings.py [--prompts 60] [--rounds 3]
+    python -m benchmarks.savings [--prompts 60] [--rounds 3]
 
 The embedded model draws the same prompts with the same seeds in each setting (float32, dpmpp_2m, cfg_scale 4, fixed
 prompts of trained pairs). Quality: root mean square distance, in grey levels of 255, to the exact picture, the one at
@@ -14,10 +14,10 @@ Writes benchmarks/results/savings.md and savings.png.
 import argparse
 
 import numpy as np
-import peers
 import torch
 
 import model_loader
+from benchmarks import measure
 from training import emoji
 from training.evaluate import CFG_SCALE, STEPS, Judge, draw, sample_rows
 from training.train import MODEL, N_CONCEPTS, STYLES
@@ -67,21 +67,21 @@ def main():
     exact = pictures[f"{STEPS} steps"].astype(float)
     distance = {name: np.sqrt(np.mean((picture - exact) ** 2)) for name, picture in pictures.items()}
     recall = {name: judge.recall(picture, rows)[0] for name, picture in pictures.items()}
-    times = peers.interleave({name: lambda setting=setting: draw(prompts[:1], models, tokenizer, **setting)
+    times = measure.interleave({name: lambda setting=setting: draw(prompts[:1], models, tokenizer, **setting)
                               for name, setting in settings.items()}, arguments.rounds)
-    seconds = {name: peers.statistics.median(times[name]) for name in settings}
-    share = {name: peers.ratio(times, name, f"{STEPS} steps") for name in settings}
+    seconds = {name: measure.statistics.median(times[name]) for name in settings}
+    share = {name: measure.ratio(times, name, f"{STEPS} steps") for name in settings}
 
     points = {curve: [(share[name], distance[name], 100 * recall[name], short(name)) for name, _ in members]
               for curve, members in curves.items()}
-    peers.replace("savings.png", lambda path: plot(points, path))
+    measure.replace("savings.png", lambda path: plot(points, path))
     rows = [[name, f"{seconds[name]:.2f}", f"{share[name]:.2f}", f"{distance[name]:.1f}", f"{recall[name]:.1%}"]
             for name in settings]
-    peers.write("savings.md", f"""\
-{peers.table(["", "s a picture", "share of the exact one's time", "distance, grey levels", "concept recall"], rows)}
+    measure.write("savings.md", f"""\
+{measure.table(["", "s a picture", "share of the exact one's time", "distance, grey levels", "concept recall"], rows)}
 
 {len(prompts)} prompts, cfg_scale {CFG_SCALE:g}; times are medians of {arguments.rounds} rounds of one picture, decoding included.
-{peers.machine()}""")
+{measure.machine()}""")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How long is one guided step of the UNet at 512x512, one decoding, one text encoding, next to diffusers and OpenVINO?
 
-    python benchmarks/unet_step.py [--dtypes bfloat16 float32] [--parts unet decoder text] [--rounds 5] [--no-openvino]
+    python -m benchmarks.unet_step [--dtypes bfloat16 float32] [--parts unet decoder text] [--rounds 5] [--no-openvino]
 
 One random checkpoint of full size (made on first use), the same inputs for all, each in turn within one process. `ours`
 is what `pipeline.py` runs on the CPU (packed weights), `ours, plain` the modules as they come out of the loader with
@@ -17,10 +17,10 @@ Writes benchmarks/results/unet_step.md.
 
 import argparse
 
-import peers
 import torch
 
 import model_loader
+from benchmarks import measure
 from clip import CLIP
 from decoder import VAE_Decoder
 from diffusion import Diffusion
@@ -42,9 +42,9 @@ def openvino_unet(path, inputs, dtype):
     """Returns diffusers' UNet as a compiled OpenVINO model: a function of (latents, timestep, context)."""
     import openvino
 
-    model = peers.CACHE / "openvino-unet.xml"
+    model = measure.CACHE / "openvino-unet.xml"
     if not model.exists():
-        unet = Plain(peers.diffusers_pipeline(path, torch.float32).unet)
+        unet = Plain(measure.diffusers_pipeline(path, torch.float32).unet)
         example = tuple(torch.from_numpy(x) for x in inputs)
         openvino.save_model(openvino.convert_model(unet, example_input=example), model)  # in float16, as in the file
     hint = {torch.bfloat16: "bf16", torch.float32: "f32"}[dtype]
@@ -64,7 +64,7 @@ def unet_candidates(ours, plain, pipeline, dtype, with_openvino):
     }
     if with_openvino:
         inputs = both.float().numpy(), timestep.numpy(), context.float().numpy()
-        compiled = openvino_unet(peers.random_checkpoint(), inputs, dtype)
+        compiled = openvino_unet(measure.random_checkpoint(), inputs, dtype)
         candidates["openvino"] = lambda: compiled(*inputs)
     return candidates
 
@@ -93,16 +93,16 @@ def part_candidates(part, ours, plain, pipeline, dtype, with_openvino=False):
 def rows(part, candidates, exact, dtype, rounds, rate):
     """The table's rows for one part: medians, ratios to diffusers, speed, and distance to the exact result."""
     distances = {name: (run().float() - exact).square().mean().sqrt() / exact.std() for name, run in candidates.items()}
-    times = peers.interleave(candidates, rounds)
+    times = measure.interleave(candidates, rounds)
     for name, distance in distances.items():
-        seconds = peers.statistics.median(times[name])
+        seconds = measure.statistics.median(times[name])
         speed = FLOP[part]() / seconds / 1e9
         yield [part, str(dtype).removeprefix("torch."), name, f"{seconds:.3f}",
-               f"{peers.ratio(times, 'diffusers', name):.2f}", f"{speed:.0f}", f"{speed / rate:.0%}", f"{distance:.1e}"]
+               f"{measure.ratio(times, 'diffusers', name):.2f}", f"{speed:.0f}", f"{speed / rate:.0%}", f"{distance:.1e}"]
 
 
-FLOP = {"unet": lambda: peers.count_flop(Diffusion, (2, 4, 64, 64), (2, 77, 768), (1, 320)),
-        "decoder": lambda: peers.count_flop(VAE_Decoder, (1, 4, 64, 64)),
+FLOP = {"unet": lambda: measure.count_flop(Diffusion, (2, 4, 64, 64), (2, 77, 768), (1, 320)),
+        "decoder": lambda: measure.count_flop(VAE_Decoder, (1, 4, 64, 64)),
         "text": lambda: 2 * 2 * 77 * sum(weight.numel() for layer in CLIP().layers for weight in layer.parameters())}
 
 
@@ -114,14 +114,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-openvino", action="store_true")
     arguments = parser.parse_args()
-    path, load, lines, rates = peers.random_checkpoint(), model_loader.preload_models_from_standard_weights, [], []
-    pipeline = peers.diffusers_pipeline(path, torch.float32)
+    path, load, lines, rates = measure.random_checkpoint(), model_loader.preload_models_from_standard_weights, [], []
+    pipeline = measure.diffusers_pipeline(path, torch.float32)
     exact = {part: part_candidates(part, None, None, pipeline, torch.float32)["diffusers"]() for part in arguments.parts}
     for dtype in (getattr(torch, name) for name in arguments.dtypes):
         del pipeline  # several copies of the weights are more than 16 GB
         ours, plain = load(path, "cpu", dtype, pack=True), load(path, "cpu", dtype)
-        pipeline = peers.diffusers_pipeline(path, dtype)
-        rate = peers.matrix_rate(dtype)
+        pipeline = measure.diffusers_pipeline(path, dtype)
+        rate = measure.matrix_rate(dtype)
         rates.append(f"{str(dtype).removeprefix('torch.')} {rate:.0f} GFLOP/s")
         for part in arguments.parts:
             candidates = part_candidates(part, ours, plain, pipeline, dtype, not arguments.no_openvino)
@@ -129,12 +129,12 @@ def main():
         del ours, plain, candidates
     header = ["part", "dtype", "", "seconds", "times as fast as diffusers", "GFLOP/s", "of the matrix rate",
               "distance to float32"]
-    peers.write("unet_step.md", f"""\
-{peers.table(header, lines)}
+    measure.write("unet_step.md", f"""\
+{measure.table(header, lines)}
 
 Medians of {arguments.rounds} rounds, interleaved; ratios are medians of ratios within a round. Distance: root mean square to
 diffusers' result in float32, in its standard deviations. Matrix products: {', '.join(rates)}.
-{peers.peer_versions()}""")
+{measure.peer_versions()}""")
 
 
 if __name__ == "__main__":

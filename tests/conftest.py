@@ -1,4 +1,4 @@
-"""What the tests share: one tiny random checkpoint, its modules, and the rules for tests that need a GPU."""
+"""What the tests share: one tiny random checkpoint, its modules, and the rules for tests that need certain hardware."""
 
 import os
 
@@ -7,7 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+import model_converter
 import oracle
+from cpu.attention import onednn_computes
 from model_converter import read_networks
 
 
@@ -38,9 +40,26 @@ def models(checkpoint):
     return {network: module.eval() for network, module in modules.items()}
 
 
+@pytest.fixture
+def written(tmp_path):
+    """Writes a dict of weights as a pickled checkpoint and returns its path."""
+    def write(checkpoint, name="model.ckpt", **settings):
+        torch.save(checkpoint, tmp_path / name, **settings)
+        return tmp_path / name
+    return write
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Pickles cannot say how many heads there are: let the tiny ones be the default."""
+    infer = model_converter.infer_configs
+    monkeypatch.setattr(model_converter, "infer_configs", lambda weights, metadata: infer(weights, oracle.METADATA))
+
+
 def pytest_collection_modifyitems(items):
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+                 "bf16": onednn_computes(torch.bfloat16)}
     for item in items:
-        for device, is_here in available.items():
-            if item.get_closest_marker(device) and not is_here:
-                item.add_marker(pytest.mark.skip(reason=f"no {device} device on this machine"))
+        for hardware, is_here in available.items():
+            if item.get_closest_marker(hardware) and not is_here:
+                item.add_marker(pytest.mark.skip(reason=f"no {hardware} on this machine"))

@@ -3,7 +3,6 @@
 The oracles get their weights through diffusers' own converters, so that neither side marks its own homework.
 """
 
-from dataclasses import replace
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -54,12 +53,32 @@ def write_checkpoint(path, configs=TINY, metadata=METADATA, seed=0):
     return weights
 
 
+def empty_models(configs=TINY):
+    """diffusers' UNet and VAE and transformers' text encoder of these sizes, with weights of their own."""
+    clip, encoder, config = configs["clip"], configs["encoder"], configs["diffusion"]
+    n_levels = len(encoder.channels)
+    unet = UNet2DConditionModel(
+        sample_size=config.sample_size // 8, in_channels=config.in_channels, out_channels=config.out_channels,
+        block_out_channels=config.channels,
+        down_block_types=tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attends),
+        up_block_types=tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attends)),
+        layers_per_block=config.n_blocks, cross_attention_dim=config.d_context,
+        attention_head_dim=config.n_heads, norm_num_groups=config.n_groups)
+    vae = AutoencoderKL(
+        in_channels=encoder.in_channels, out_channels=3, latent_channels=encoder.latent_channels,
+        down_block_types=("DownEncoderBlock2D",) * n_levels, up_block_types=("UpDecoderBlock2D",) * n_levels,
+        block_out_channels=encoder.channels, layers_per_block=encoder.n_blocks, norm_num_groups=encoder.n_groups)
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=clip.n_vocab, hidden_size=clip.d_embed, intermediate_size=clip.d_mlp,
+        num_hidden_layers=clip.n_layers, num_attention_heads=clip.n_heads,
+        max_position_embeddings=clip.n_tokens, hidden_act="quick_gelu", projection_dim=clip.d_embed))
+    return unet, vae, text
+
+
 def clip_oracle(weights, config=TINY["clip"]):
-    model = CLIPTextModel(CLIPTextConfig(
-        vocab_size=config.n_vocab, hidden_size=config.d_embed, intermediate_size=config.d_mlp,
-        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads,
-        max_position_embeddings=config.n_tokens, hidden_act="quick_gelu", projection_dim=config.d_embed))
+    model = empty_models({**TINY, "clip": config})[2]
     converted = single_file_utils.convert_ldm_clip_checkpoint(weights)
+    converted = {name: weight for name, weight in converted.items() if not name.endswith("position_ids")}
     if not hasattr(model, "text_model"):  # transformers since 5.6
         converted = {name.removeprefix("text_model."): weight for name, weight in converted.items()}
     model.load_state_dict(converted)
@@ -67,22 +86,12 @@ def clip_oracle(weights, config=TINY["clip"]):
 
 
 def vae_oracle(weights, encoder=TINY["encoder"]):
-    n_levels = len(encoder.channels)
-    model = AutoencoderKL(
-        in_channels=encoder.in_channels, out_channels=3, latent_channels=encoder.latent_channels,
-        down_block_types=("DownEncoderBlock2D",) * n_levels, up_block_types=("UpDecoderBlock2D",) * n_levels,
-        block_out_channels=encoder.channels, layers_per_block=encoder.n_blocks, norm_num_groups=encoder.n_groups)
+    model = empty_models({**TINY, "encoder": encoder})[1]
     model.load_state_dict(single_file_utils.convert_ldm_vae_checkpoint(weights, model.config))
     return model.eval()
 
 
 def unet_oracle(weights, config=TINY["diffusion"]):
-    model = UNet2DConditionModel(
-        sample_size=64, in_channels=config.in_channels, out_channels=config.out_channels,
-        block_out_channels=config.channels,
-        down_block_types=tuple("CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attends),
-        up_block_types=tuple("CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attends)),
-        layers_per_block=config.n_blocks, cross_attention_dim=config.d_context,
-        attention_head_dim=config.n_heads, norm_num_groups=config.n_groups)
+    model = empty_models({**TINY, "diffusion": config})[0]
     model.load_state_dict(single_file_utils.convert_ldm_unet_checkpoint(weights, model.config))
     return model.eval()

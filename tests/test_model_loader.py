@@ -1,7 +1,10 @@
-import sys
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import model_loader
 import oracle
@@ -49,24 +52,102 @@ def test_no_weight_is_drawn_at_random(checkpoint):
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_parameters_lie_in_the_mapped_file(checkpoint):
-    models = preload_models_from_standard_weights(checkpoint, "cpu", "float32")
-    lines = [line.split() for line in open("/proc/self/maps") if str(checkpoint) in line]
-    spans = [[int(x, 16) for x in line[0].split("-")] for line in lines]
-    for model in models.values():
-        copied = {name for name, weight in model.named_parameters()
-                  if not any(low <= weight.data_ptr() < high for low, high in spans)}
-        assert copied == {name for name, _ in model.named_parameters() if "in_proj" in name}
+class Data:
+    """A data folder in which each file is newer than the one before."""
+
+    def __init__(self, folder):
+        self.folder, self.time = folder, 10**9
+
+    def put(self, weights, name):
+        path = self.folder / name
+        (save_file if name.endswith("safetensors") else torch.save)(weights, path)
+        self.touch(path)
+
+    def touch(self, path):
+        self.time += 100
+        os.utime(path, (self.time, self.time))
+
+    @property
+    def found(self):
+        return find_checkpoint(self.folder).name
 
 
-def test_find_checkpoint_prefers_ema_then_pruned_then_embedded(tmp_path):
+def test_the_newest_whole_model_is_found_and_the_embedded_one_last(tmp_path, weights):
+    data = Data(tmp_path)
     with pytest.raises(FileNotFoundError, match="put v1-5-pruned-emaonly.safetensors"):
         find_checkpoint(tmp_path)
-    for name in ["emoji.safetensors", "v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "v1-5-pruned-emaonly.ckpt",
-                 "v1-5-pruned-emaonly.safetensors"]:
-        (tmp_path / name).touch()
-        assert find_checkpoint(tmp_path).name == name
+    data.put(weights, "anything.safetensors")
+    data.put(weights, "emoji.safetensors")
+    assert data.found == "anything.safetensors"
+    data.put({"state_dict": weights, "epoch": 1}, "newer.ckpt")
+    assert data.found == "newer.ckpt"
+    data.touch(tmp_path / "anything.safetensors")
+    assert data.found == "anything.safetensors"
+    for name in ("anything.safetensors", "newer.ckpt"):
+        (tmp_path / name).unlink()
+    assert data.found == "emoji.safetensors"
+
+
+def test_what_is_no_whole_model_of_sd_1_is_passed_over(tmp_path, weights):
+    data = Data(tmp_path)
+    data.put(weights, "model.safetensors")
+    vae = {name: weight for name, weight in weights.items() if name.startswith("first_stage_model.")}
+    one = torch.zeros(2, 2)
+    data.put(vae, "vae.safetensors")
+    data.put({name.removeprefix("first_stage_model."): weight for name, weight in vae.items()}, "bare-vae.pt")
+    data.put({"control_model.input_blocks.0.0.weight": one}, "control.ckpt")
+    data.put({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": one}, "lora.safetensors")
+    data.put({"string_to_param": {"*": one}}, "embedding.pt")
+    data.put({**weights, "conditioner.embedders.0.x": one}, "sdxl.safetensors")
+    data.put({**weights, "cond_stage_model.model.ln_final.bias": one}, "sd2.safetensors")
+    data.put({name: weight for name, weight in weights.items() if "diffusion_model" in name}, "unet.safetensors")
+    (tmp_path / "notes.ckpt").write_bytes(b"not a checkpoint")
+    (tmp_path / "loras").mkdir()
+    assert data.found == "model.safetensors"
+    (tmp_path / "download.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match="passed over: .*download.safetensors: found a broken or truncated"):
+        assert data.found == "model.safetensors"
+
+
+def test_inpainting_models_come_after_those_that_generate_takes(tmp_path, weights):
+    data = Data(tmp_path)
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    data.put(weights, "emoji.safetensors")
+    data.put({**weights, first: torch.zeros(32, 9, 3, 3)}, "inpainting.safetensors")
+    assert data.found == "inpainting.safetensors"
+    data.put(weights, "drawing.safetensors")
+    data.touch(tmp_path / "inpainting.safetensors")
+    assert data.found == "drawing.safetensors"
+
+
+def test_a_diffusers_folder_is_found(tmp_path, models, weights):
+    data = Data(tmp_path)
+    data.put(weights, "model.safetensors")
+    model_loader.save_folder(models, tmp_path / "tiny")
+    data.touch(tmp_path / "tiny")
+    assert data.found == "tiny"
+    (tmp_path / "tiny/vae").rename(tmp_path / "tiny/another")
+    assert data.found == "model.safetensors"
+
+
+def test_four_threads_load_the_default_model_once(checkpoint, monkeypatch):
+    calls = []
+
+    def load(*args, **kwargs):
+        calls.append(args)
+        time.sleep(0.05)
+        return object()
+
+    monkeypatch.setattr(model_loader, "find_checkpoint", lambda: checkpoint)
+    monkeypatch.setattr(model_loader, "preload_models_from_standard_weights", load)
+    monkeypatch.setattr(model_loader, "load_tokenizer", load)
+    for function, arguments in [(model_loader.default_models, ("cpu",)), (model_loader.default_tokenizer, ())]:
+        function.cache_clear()
+        calls.clear()
+        with ThreadPoolExecutor(4) as pool:
+            results = {future.result() for future in [pool.submit(function, *arguments) for _ in range(4)]}
+        assert len(results) == len(calls) == 1
+        function.cache_clear()
 
 
 def test_default_models_are_loaded_once(checkpoint, monkeypatch):

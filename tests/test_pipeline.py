@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 
+import images
 import model_loader
 import oracle
 import pipeline
 from model_loader import load_tokenizer
-from pipeline import generate, get_time_embedding
+from pipeline import denoise, encode_prompts, generate, get_time_embedding
 from samplers import SAMPLERS
 
 ROOT = Path(__file__).parent.parent
@@ -133,42 +135,6 @@ def test_a_configured_sampler_is_used(draw):
 # ---- input images
 
 
-def test_every_kind_of_input_image_means_the_same(tmp_path):
-    rgb = picture((24, 16))
-    rgb.save(tmp_path / "rgb.png")
-    expected = np.asarray(rgb)
-    turned = rgb.transpose(Image.Transpose.ROTATE_90)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # "turn me clockwise to see me upright"
-    turned.save(tmp_path / "turned.png", exif=exif)
-    for given in [rgb, str(tmp_path / "rgb.png"), tmp_path / "turned.png", expected, expected / 255,
-                  expected.astype(np.uint16) * 257, np.dstack([expected, np.full((16, 24), 255, np.uint8)])]:
-        assert np.array_equal(np.asarray(pipeline.open_image(given)), expected)
-
-
-def test_transparency_becomes_white(tmp_path):
-    expected = np.full((8, 8, 3), 255, np.uint8)
-    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
-    palette = Image.new("P", (8, 8), 0)
-    palette.putpalette([255, 0, 0])
-    palette.info["transparency"] = 0
-    for image in [clear, palette, Image.new("LA", (8, 8), (0, 0))]:
-        assert np.array_equal(np.asarray(pipeline.open_image(image)), expected)
-    half = np.asarray(pipeline.open_image(Image.new("RGBA", (8, 8), (0, 0, 0, 128))))
-    assert np.array_equal(half, np.full((8, 8, 3), 127, np.uint8))
-
-
-def test_grey_and_16_bit_pictures(tmp_path):
-    ramp = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
-    expected = np.repeat(ramp[:, :, None], 3, axis=2)
-    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "deep.png")
-    for given in [Image.fromarray(ramp), ramp, ramp[:, :, None], tmp_path / "deep.png",
-                  Image.fromarray(ramp.astype(np.int32) * 257), Image.fromarray(ramp.astype(np.uint16) * 257)]:
-        assert np.array_equal(np.asarray(pipeline.open_image(given)), expected)
-    assert np.asarray(pipeline.open_image(Image.new("1", (8, 8), 1))).min() == 255
-    assert np.asarray(pipeline.open_image(Image.new("CMYK", (8, 8), 0))).min() == 255
-
-
 def test_the_input_image_is_resized(draw):
     assert draw(input_image=picture((50, 90)), strength=0.5, height=40, width=24).shape == (40, 24, 3)
 
@@ -224,6 +190,175 @@ class Spy:
         return self.network(*inputs)
 
 
+# ---- seams
+
+
+def test_a_context_stands_for_prompts(draw, models, tokenizer):
+    context = encode_prompts(["a cat"], ["blurry"], models["clip"], tokenizer)
+    assert context.shape == (2, 77, 32)
+    expected = draw("a cat", uncond_prompt="blurry")
+    assert np.array_equal(draw(None, context=context), expected)
+    assert np.array_equal(draw("something else", context=context), expected)
+    unguided = encode_prompts(["a cat"], [], models["clip"], tokenizer)
+    assert np.array_equal(draw(None, context=unguided, do_cfg=False), draw("a cat", do_cfg=False))
+    two = encode_prompts(["a cat", "a dog"], ["", ""], models["clip"], tokenizer)
+    assert np.array_equal(draw(None, context=two), draw(["a cat", "a dog"]))
+    assert draw(None, context=torch.cat([context, context], dim=1)).shape == (64, 64, 3)  # 154 tokens
+
+
+def test_a_context_may_change_from_step_to_step(draw, models, tokenizer, diffusers_parts):
+    """Against a loop over diffusers' UNet."""
+    cat, dog = (encode_prompts([name], [""], models["clip"], tokenizer) for name in ("a cat", "a dog"))
+    seen = []
+
+    def context(step, n_steps):
+        seen.append((step, n_steps))
+        return cat if step < 2 else dog
+
+    scheduler, unet = SCHEDULERS["ddim"], diffusers_parts["unet"]
+    scheduler.set_timesteps(4)
+    latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(7))
+    for step, timestep in enumerate(scheduler.timesteps):
+        cond, uncond = unet(torch.cat([latents] * 2), timestep, cat if step < 2 else dog).sample.chunk(2)
+        latents = scheduler.step(uncond + 7.5 * (cond - uncond), timestep, latents).prev_sample
+    expected = images.to_uint8(diffusers_parts["vae"].decode(latents / 0.18215).sample)[0]
+    result = draw("", context=context, n_inference_steps=4)
+    assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert abs(result.astype(int) - expected.astype(int)).max() <= 1
+    assert draw(None, context=context, n_inference_steps=4).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_latents_stand_for_a_picture(draw, models, strength):
+    settings = dict(strength=strength, n_inference_steps=10, sampler_name="ddim")
+    generator = torch.Generator().manual_seed(7)
+    noise = torch.randn((1, 4, 8, 8), generator=generator)
+    encoded = models["encoder"](images.to_tensor(picture(), 64, 64), noise)
+    sampler = SAMPLERS["ddim"](generator)
+    sampler.set_inference_timesteps(10)
+    sampler.set_strength(strength)
+    latents = sampler.add_noise(encoded, sampler.timesteps[0])
+    assert np.array_equal(draw(latents=latents, **settings), draw(input_image=picture(), **settings))
+
+
+def test_noise_as_latents_is_text_to_image(draw):
+    noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(7))
+    assert np.array_equal(draw(latents=noise, strength=1.0), draw())
+
+
+def test_a_callback_may_return_latents(draw, models):
+    given = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(1))
+    image = draw(callback=lambda step, timestep, latents: given if step == 1 else None)
+    assert np.array_equal(image, images.to_uint8(models["decoder"](given))[0])
+
+
+def test_a_callback_can_know_how_many_calls_there_will_be(draw):
+    sampler, seen = SAMPLERS["heun"](), []
+    draw(sampler=sampler, n_inference_steps=3, callback=lambda step, *_: seen.append((step, len(sampler.timesteps))))
+    assert seen == [(step, 5) for step in range(5)]
+
+
+def test_denoise_is_the_loop_of_generate(draw, models, tokenizer):
+    context = encode_prompts(["a cat"], [""], models["clip"], tokenizer)
+    sampler = SAMPLERS["ddim"]()
+    sampler.set_inference_timesteps(3)
+    latents = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(7))
+    clean = denoise(models["diffusion"], sampler, latents, context, 4.0)
+    assert np.array_equal(images.to_uint8(models["decoder"](clean))[0], draw(n_inference_steps=3, cfg_scale=4.0))
+    unguided = denoise(models["diffusion"], sampler, latents, context[:1])
+    assert np.array_equal(images.to_uint8(models["decoder"](unguided))[0], draw(n_inference_steps=3, do_cfg=False))
+    with pytest.raises(ValueError, match="context has 3 rows for 1 pictures; give 1, or with guidance 2"):
+        denoise(models["diffusion"], sampler, latents, context[[0, 0, 0]])
+
+
+class Counted(torch.nn.Module):
+    """A UNet in a wrapper that counts the runs, and the calls of each."""
+
+    def __init__(self, diffusion, runs):
+        super().__init__()
+        self.diffusion, self.config, self.runs, self.calls = diffusion, diffusion.config, runs, []
+
+    def for_run(self, sampler):
+        run = Counted(self.diffusion, self.runs)
+        self.runs.append((sampler.timesteps, run.calls))
+        return run
+
+    def forward(self, latents, context, time_embedding):
+        self.calls.append(len(context))
+        return self.diffusion(latents, context, time_embedding)
+
+
+def test_a_wrapper_sees_one_run_a_call(draw, models, tokenizer):
+    counted = Counted(models["diffusion"], [])
+
+    def draw_counted(seed):
+        return generate("a cat", models={**models, "diffusion": counted}, tokenizer=tokenizer, seed=seed,
+                        n_inference_steps=3, sampler_name="ddim", progress=False)
+
+    expected = [draw(seed=seed, n_inference_steps=3) for seed in range(2)]
+    drawn = {}
+    threads = [threading.Thread(target=lambda seed=seed: drawn.update({seed: draw_counted(seed)})) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(drawn[seed], expected[seed]) for seed in range(2))
+    assert counted.runs == [([667, 334, 1], [2, 2, 2])] * 2 and counted.calls == []
+
+
+def test_unguided_steps_are_half_the_work(models, tokenizer):
+    counted = Counted(models["diffusion"], [])
+    generate("a cat", models={**models, "diffusion": counted}, tokenizer=tokenizer, seed=1, n_inference_steps=3,
+             sampler_name="ddim", cfg_scale=lambda sigma: 5.0 if sigma < 2 else 1)
+    assert counted.runs[0][1] == [1, 2, 2]
+
+
+def test_networks_are_put_away_when_a_picture_is_cancelled(models, tokenizer):
+    moved = []
+    spies = {name: Spy(model, name, moved) for name, model in models.items()}
+
+    def cancel(step, timestep, latents):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate("a cat", models=spies, tokenizer=tokenizer, device="cpu", idle_device="meta", callback=cancel)
+    assert moved[-1] == ("diffusion", "meta")
+
+
+def test_a_samplers_own_generator_is_used(draw):
+    def seeded():
+        return SAMPLERS["euler_a"](torch.Generator().manual_seed(5))
+
+    def image(sampler):
+        return draw(sampler=sampler, seed=None)
+
+    assert np.array_equal(image(seeded()), image(seeded()))
+    assert np.array_equal(image(seeded()), draw(sampler_name="euler_a", seed=5))
+    assert np.array_equal(draw(sampler=seeded(), seed=7), draw(sampler_name="euler_a", seed=7))
+
+
+def test_a_bar_that_cannot_be_written_costs_no_picture(draw, monkeypatch):
+    class Gone:
+        def write(self, *text):
+            raise OSError("the other end is no more")
+
+        flush = write
+
+    expected = draw()
+    for stream in (None, Gone()):
+        monkeypatch.setattr(sys, "stderr", stream)
+        assert np.array_equal(draw(), expected)
+
+
+def test_another_default_device_changes_nothing(draw):
+    expected = draw(input_image=picture(), strength=1.0, sampler_name="dpmpp_2m")
+    torch.set_default_device("meta")
+    try:
+        assert np.array_equal(draw(input_image=picture(), strength=1.0, sampler_name="dpmpp_2m"), expected)
+    finally:
+        torch.set_default_device(None)
+
+
 # ---- mistakes
 
 
@@ -235,8 +370,19 @@ class Spy:
     (dict(strength=1.5), r"strength is 1.5"),
     (dict(strength="much"), r"strength is 'much'"),
     (dict(cfg_scale=math.nan), r"cfg_scale is nan"),
+    (dict(cfg_scale=math.inf), r"cfg_scale is inf"),
+    (dict(sampler="ddim"), r"sampler is 'ddim'; .*sampler_name"),
+    (dict(sampler_name=[]), r"sampler_name is \[\]; known are"),
+    (dict(prompt=None), r"prompt is None; give a text"),
+    (dict(prompt=5), r"prompt is 5; give a text"),
+    (dict(prompt="\ud800"), r"half a letter"),
+    (dict(idle_device="attic"), r"device is 'attic'"),
+    (dict(latents=torch.zeros(4, 8, 8)), r"latents is .*give a tensor"),
+    (dict(latents=torch.zeros(1, 4, 8, 8), height=128), r"height and width are 128 and None, the latents are for 64 and 64"),
+    (dict(latents=torch.zeros(1, 4, 8, 8), input_image=picture()), r"latents and input_image are given"),
+    (dict(latents=torch.zeros(2, 4, 8, 8)), r"1 prompts for 2 latents"),
     (dict(sampler_name="magic"), r"sampler_name is 'magic'; known are ddpm, ddim, plms"),
-    (dict(n_inference_steps=0), r"n_inference_steps is 0; .*1 to 1000"),
+    (dict(n_inference_steps=0), r"n_inference_steps is 0: .*1 to 1000"),
     (dict(n_inference_steps=1001), r"n_inference_steps is 1001"),
     (dict(n_inference_steps=2.5), r"n_inference_steps is 2.5"),
     (dict(seed=-1), r"seed is -1"),
@@ -260,31 +406,6 @@ def test_a_missing_model_is_named(models, tokenizer, name):
     some = {key: model for key, model in models.items() if key != name}
     with pytest.raises(ValueError, match=f"models has no '{name}'.*preload_models_from_standard_weights"):
         generate("a cat", models=some, tokenizer=tokenizer, input_image=picture())
-
-
-def test_pictures_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    image = np.zeros((8, 8, 3), np.uint8)
-    pipeline.save_picture(image, tmp_path / "a.png", "a prompt: café, 猫")
-    assert Image.open(tmp_path / "a.png").text["parameters"] == "a prompt: café, 猫"
-    before = (tmp_path / "a.png").read_bytes()
-    with pytest.raises(FileExistsError, match="a.png: exists already"):
-        pipeline.save_picture(image + 1, tmp_path / "a.png", "")
-
-    def fail(*paths):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(pipeline.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        pipeline.save_picture(image + 1, tmp_path / "a.png", "", overwrite=True)
-    assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
-
-
-def test_bad_image_files(draw, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.png: no such image"):
-        draw(input_image="nowhere.png")
-    (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(ValueError, match="text.png: not a picture"):
-        draw(input_image=tmp_path / "text.png")
 
 
 def test_a_foreign_tokenizer_is_refused(models):
@@ -313,7 +434,7 @@ def test_an_inpainting_unet_is_refused(models, tokenizer):
 
 
 def run(*arguments):
-    return subprocess.run([sys.executable, ROOT / "pipeline.py", *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run([sys.executable, ROOT / "cli.py", *map(str, arguments)], capture_output=True, text=True)
 
 
 def test_command_line_writes_a_picture_and_never_overwrites(checkpoint, tmp_path):
@@ -357,20 +478,19 @@ def test_command_line_mistakes_get_one_line(arguments, message, tmp_path):
 
 
 def test_help_imports_nothing_heavy():
-    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "pipeline.py", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "cli.py", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--cfg-scale" in done.stdout
     assert not any(name in done.stderr for name in ["torch", "transformers", "numpy", "PIL"])
 
 
 def test_help_names_every_sampler():
     help_text = run("--help").stdout.replace("\n", " ")
-    assert all(name in help_text for name in SAMPLERS) and set(pipeline.WEB_UI_NAMES) == set(SAMPLERS)
+    assert all(name in help_text for name in SAMPLERS) and len({sampler.label for sampler in SAMPLERS.values()}) == len(SAMPLERS)
 
 
 # ---- fewer and cheaper steps
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("interval", [(0, 100), (50, 60), (0.5, 3.0)])
 def test_guidance_interval_is_guidance_in_some_steps(draw, diffusers_parts, tokenizer, interval):
     """Against a loop over diffusers' UNet and scheduler."""
@@ -386,42 +506,9 @@ def test_guidance_interval_is_guidance_in_some_steps(draw, diffusers_parts, toke
             without = unet(latents, timestep, uncond).sample
             eps = without + 5.0 * (eps - without)
         latents = scheduler.step(eps, timestep, latents).prev_sample
-    expected = pipeline.to_uint8(diffusers_parts["vae"].decode(latents / 0.18215).sample)[0]
-    result = draw(cfg_scale=5.0, n_inference_steps=10, guidance_interval=interval)
+    expected = images.to_uint8(diffusers_parts["vae"].decode(latents / 0.18215).sample)[0]
+    result = draw(cfg_scale=lambda sigma: 5.0 if interval[0] <= sigma <= interval[1] else 1, n_inference_steps=10)
     assert abs(result.astype(int) - expected.astype(int)).max() <= 1
-
-
-def test_cache_interval_computes_the_deep_layers_seldom(draw, models):
-    calls = []
-    hook = models["diffusion"].bottleneck.register_forward_hook(lambda *_: calls.append(1))
-    exact, cached = draw(n_inference_steps=7), draw(n_inference_steps=7, cache_interval=3)
-    assert len(calls) == 7 + 3
-    assert 0 < abs(exact.astype(int) - cached.astype(int)).mean() < 20
-    calls.clear()
-    draw(n_inference_steps=6, cache_interval=6, guidance_interval=(0, 3.0))
-    hook.remove()
-    assert len(calls) == 2  # what guidance needs is twice as many rows: computed anew where it begins
-
-
-def test_tile_size_decodes_in_tiles(draw):
-    whole = draw(height=128, width=64).astype(int)
-    assert (draw(height=128, width=64, tile_size=128).astype(int) == whole).all()
-    tiled = draw(height=128, width=64, tile_size=64)
-    assert tiled.shape == whole.shape and (tiled != whole).any()
-
-
-@pytest.mark.parametrize("settings, message", [
-    ({"guidance_interval": 3}, "guidance_interval is 3; give two"),
-    ({"guidance_interval": (5, 1)}, "give two noise levels"),
-    ({"guidance_interval": (-1, 2)}, "give two noise levels"),
-    ({"cache_interval": 0}, "cache_interval is 0; give a whole number from 1"),
-    ({"cache_interval": 1.5}, "cache_interval is 1.5"),
-    ({"tile_size": 100}, "tile_size is 100; give a multiple of 32"),
-    ({"tile_size": 32}, "tile_size is 32"),
-])
-def test_savings_out_of_range(draw, settings, message):
-    with pytest.raises(ValueError, match=message):
-        draw(**settings)
 
 
 @pytest.mark.cuda

@@ -35,11 +35,12 @@ from tqdm import trange
 from clip import CLIP, CLIPConfig
 from ddpm import DDPMSampler
 from decoder import DecoderConfig, VAE_Decoder
-from diffusion import Diffusion, DiffusionConfig
+from diffusion import Diffusion, DiffusionConfig, get_time_embedding
 from encoder import LATENT_SCALE, EncoderConfig, VAE_Encoder
+from images import to_uint8
 from model_converter import to_standard_weights
 from model_loader import load_tokenizer, preload_models_from_standard_weights
-from pipeline import generate, get_time_embedding, to_uint8, tokenize
+from pipeline import generate, tokenize
 from training import emoji, scenes
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from model_converter import NETWORKS, to_standard_weights
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, CACHE = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "cache"
-sys.path.insert(0, str(ROOT))
-
-from model_converter import NETWORKS, to_standard_weights
 
 
 def random_checkpoint(suffix=".safetensors", dtype=torch.float16):

@@ -11,8 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import decoder
-import diffusion
+from attention import SelfAttention
+from cpu import attention
+from decoder import VAE_Upsample
+from diffusion import GEGLU, ResidualBlock, Upsample
+from encoder import VAE_ResidualBlock
 
 onednn = torch.ops.mkldnn
 
@@ -22,7 +25,7 @@ def pack(layer):
 
     What is made of layers is changed in place, one layer after the other.
     """
-    if isinstance(layer, diffusion.GEGLU):
+    if isinstance(layer, GEGLU):
         return PackedGEGLU(layer)
     if isinstance(layer, nn.Linear):
         return PackedLinear(layer.weight, layer.bias)
@@ -30,10 +33,14 @@ def pack(layer):
         return PackedConv1x1(layer.weight[:, :, 0, 0], layer.bias)
     if isinstance(layer, nn.Conv2d):
         return PackedConv2d(layer.weight, layer.bias, layer.stride, layer.padding)
-    if isinstance(layer, (decoder.Upsample, diffusion.Upsample)):
-        return PackedUpsample(layer.conv)
+    if isinstance(layer, (VAE_Upsample, Upsample)):
+        return PackedUpsample(layer)
+    if isinstance(layer, (VAE_ResidualBlock, ResidualBlock)):
+        return PackedResidualBlock(layer)
     if isinstance(layer, nn.GroupNorm) and layer.weight.dtype == torch.float32:
         return BandedGroupNorm(layer)
+    if isinstance(layer, SelfAttention) and attention.blocks_win():
+        layer.attend = attention.attend_in_blocks
     for name, child in layer.named_children():
         setattr(layer, name, pack(child))
     return layer
@@ -94,19 +101,44 @@ class PackedConv2d(Packed):
         return onednn._convolution_pointwise(x, self.packed_weight, self.bias, *self.geometry, "none", [], "")
 
 
-class PackedUpsample(diffusion.Upsample):  # the UNet tells an Upsample the size
+class PackedResidualBlock(nn.Module):
+    """A residual block, of the UNet or the autoencoder, that works in place.
+
+    At full size each picture of 128 channels is 128 MB of fresh memory. Inner layers are called by `forward`, past any
+    hook, so that nobody has seen what is overwritten.
+    """
+
+    def __init__(self, block):
+        super().__init__()
+        self.takes = getattr(block, "takes", None)
+        for name, child in list(block.named_children()):
+            self.add_module(name, pack(child))
+
+    def forward(self, x, time=None):
+        """As `diffusion.ResidualBlock`; without `time` as `encoder.VAE_ResidualBlock`."""
+        hidden = self.conv_1.forward(F.silu(self.norm_1.forward(x), inplace=True))
+        if time is not None:
+            hidden += self.time(F.silu(time))[:, :, None, None]
+        hidden = self.conv_2.forward(F.silu(self.norm_2.forward(hidden), inplace=True))
+        hidden += self.skip(x)
+        return hidden
+
+
+class PackedUpsample(nn.Module):
     """Nearest-neighbour enlargement by 2, then a 3x3 convolution.
 
     Of the 3x3 pixels that the convolution sees, those that were enlarged from the same one are equal, so their weights
     add up: each of the four pixels made from one is a 2x2 convolution of the small picture.
     """
 
-    def __init__(self, conv):
-        nn.Module.__init__(self)
+    def __init__(self, layer):
+        super().__init__()
+        conv = layer.conv
+        self.takes = getattr(layer, "takes", None)
         self.plain = PackedConv2d(conv.weight, conv.bias, conv.stride, conv.padding)
         weight = conv.weight.detach().float()
         self.phases = nn.ModuleList(
-            PackedConv2d(merge(merge(weight, 2, i), 3, j).to(conv.weight.dtype), conv.bias, (1, 1), (1, 1))
+            PackedConv2d(sum_taps(sum_taps(weight, 2, i), 3, j).to(conv.weight.dtype), conv.bias, (1, 1), (1, 1))
             for i in range(2) for j in range(2))
 
     def forward(self, x, size=None):
@@ -150,7 +182,7 @@ class BandedGroupNorm(nn.Module):
         return x.unflatten(0, (b, bands)).transpose(1, 2).flatten(2, 3)
 
 
-def merge(weight, dim, phase):
+def sum_taps(weight, dim, phase):
     """A kernel's 3 weights along a dimension -> 2: an even pixel's last two look at the same pixel, an odd one's first.
     """
     first, middle, last = weight.unbind(dim)
