@@ -2,6 +2,7 @@
 
 import csv
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,11 +21,11 @@ from training import store, train
 def small(grammar, monkeypatch, tmp_path):  # noqa: F811
     """The grammar, with tiny networks, and all files in a folder of the test."""
     torch.set_grad_enabled(True)
-    monkeypatch.setattr(train, "CLIP_CONFIG", oracle.replace(oracle.TINY["clip"], d_embed=16, d_mlp=32))
+    monkeypatch.setattr(train, "CLIP_CONFIG", replace(oracle.TINY["clip"], d_embed=16, d_mlp=32))
     for name in ("encoder", "decoder"):
-        config = oracle.replace(oracle.TINY[name], channels=(16, 16, 16, 16), n_groups=4)
+        config = replace(oracle.TINY[name], channels=(16, 16, 16, 16), n_groups=4)
         monkeypatch.setattr(train, f"{name.upper()}_CONFIG", config)
-    monkeypatch.setattr(train, "DIFFUSION_CONFIG", oracle.replace(
+    monkeypatch.setattr(train, "DIFFUSION_CONFIG", replace(
         oracle.TINY["diffusion"], channels=(16, 32), attends=(False, True), n_blocks=1, d_context=16, n_groups=4,
         sample_size=128))
     monkeypatch.setattr(train, "RUNS", tmp_path / "runs")

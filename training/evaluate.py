@@ -1,6 +1,6 @@
 """How good is the embedded model? Deterministic: fixed prompts, fixed seeds, float32.
 
-    python -m training.evaluate [--checkpoint data/emoji.safetensors] [--prompts 40]
+    python -m training.evaluate [--checkpoint data/emoji.safetensors] [--prompts 24]
 
 Writes training/results/evaluation.md and sheets of pictures beside it. A picture is judged by the real rendering that
 is nearest to it (L2), among those of *all* combinations of its kind, so that chance is known:
@@ -217,7 +217,7 @@ def style_row(models, tokenizer, grammar, judge, cfg_scale):
 def more(models, tokenizer, grammar, judge, cfg_scale, n):
     """Lines on guidance, image to image, variety and the autoencoder."""
     rng = random.Random(1)
-    chosen = held_out_scenes(grammar, "colour", n)
+    chosen = held_out_scenes(grammar, "colour", n)[:16]
     prompts = [grammar.caption(rng, scene) for scene in chosen]
     lines = ["| cfg_scale | thing × colour, both | mean deviation of the border from white, grey levels |",
              "|---|---|---|"]
@@ -228,7 +228,7 @@ def more(models, tokenizer, grammar, judge, cfg_scale, n):
         lines.append(f"| {scale:g} | {right:.0%} | {np.abs(255 - border).mean():.1f} |")
 
     lines += ["", "| strength | PSNR to the autoencoder's round trip, dB | the new prompt's thing |", "|---|---|---|"]
-    things = random.Random(2).sample(range(len(grammar.world)), 16)
+    things = random.Random(2).sample(range(len(grammar.world)), 8)
     inputs = [grammar.draw(random.Random(k), scenes.Scene((thing,), (None,))) for k, thing in enumerate(things)]
     images = torch.from_numpy(np.stack(inputs)).permute(0, 3, 1, 2) / 127.5 - 1
     trip = round_trip(images, models)
@@ -293,7 +293,7 @@ def save_sheet(name, shown, columns, side=112):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=MODEL)
-    parser.add_argument("--prompts", type=int, default=40, help="of each kind of held-out combination")
+    parser.add_argument("--prompts", type=int, default=24, help="of each kind of held-out combination")
     parser.add_argument("--cfg-scale", type=float, default=3.0)
     arguments = parser.parse_args()
     models = model_loader.preload_models_from_standard_weights(arguments.checkpoint, "cpu", "float32")
