@@ -1,16 +1,12 @@
 """The drawings that the embedded model learns from: emoji of seven open icon sets, rendered once into one file.
 
-    python training/emoji.py            # fetch (npm), render (resvg), write training/cache/emoji-128.npz; a minute
-    python training/emoji.py held_out   # write training/held_out.json anew (fixed once; do not change it between runs)
+    python -m training.emoji    # fetch (npm), render (resvg), write training/cache/emoji-128.npz; a minute
 
-A drawing keeps its transparency: the background, one of `COLOURS`, is put under it when a batch is made, so its colour
-is an attribute of the caption that costs nothing and can be measured.
+A drawing keeps its transparency: `scenes.py` puts it on a background, which may be one of the plain `COLOURS`.
 """
-import argparse
 import io
 import json
 import os
-import random
 import subprocess
 import tarfile
 import tempfile
@@ -185,7 +181,7 @@ def load_drawings(path=DRAWINGS, n_concepts: int | None = None, styles: list[str
     been rendered yet and ValueError for a style or a number of concepts that the file does not have.
     """
     if not Path(path).exists():
-        raise FileNotFoundError(f"no drawings at {path}: run `python training/emoji.py` first")
+        raise FileNotFoundError(f"no drawings at {path}: run `python -m training.emoji` first")
     with np.load(path) as file:
         rgba, concept, style = (torch.from_numpy(file[k]) for k in ("rgba", "concept", "style"))
         concepts, all_styles = file["concepts"].tolist(), file["styles"].tolist()
@@ -200,115 +196,16 @@ def load_drawings(path=DRAWINGS, n_concepts: int | None = None, styles: list[str
     return Drawings(rgba[keep], concept[keep], new_id[style[keep]], concepts[:n_concepts], styles)
 
 
-# ------------------------------------------------------------------------------------------- what a batch is made from
-
-def composite(rgba: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
-    """Drawings over plain backgrounds: (b, 128, 128, 4) uint8 and (b, 3) RGB in 0..255 → (b, 3, 128, 128) in [-1, 1].
-
-    "Over" of Porter & Duff 1984 with straight alpha, on sRGB values as they are, which is how browsers show the sets.
-    """
-    rgb, alpha = rgba[..., :3].float(), rgba[..., 3:].float() / 255
-    out = alpha * rgb + (1 - alpha) * colour[:, None, None, :].float()
-    return out.permute(0, 3, 1, 2).contiguous() / 127.5 - 1
-
-
-ARTICLES = {concept.name: concept.article for concept in read_concepts()}
-
-
-def article(words: str) -> str:
-    """The article with its space: as the list of concepts has it, else "an " before a vowel and "a " otherwise."""
-    return ARTICLES.get(words, "an " if words[0] in "aeiou" else "a ")
-
-
-def wordings(concept: str, style: str | None = None, colour: str | None = None) -> list[str]:
-    """All captions of a drawing; without a style only those that name none. No colour named means white."""
-    whole = article(concept) + concept
-    out = [concept, whole, f"{concept} emoji"]
-    if style is not None:
-        out += [f"{concept}, {style} style", f"{concept} emoji, {style} style",
-                f"{article(style)}{style} style emoji of {whole}"]
-    if colour is not None:
-        out = [f"{text} on {article(colour)}{colour} background" for text in out]
-    return out
-
-
-def caption(rng: random.Random, concept: str, style: str | None = None, colour: str | None = None) -> str:
-    """One of the `wordings`, e.g. "pizza", "a noto style emoji of an octopus on a sky blue background".
-
-    Those that name the style come twice as often: styles are harder to learn than concepts.
-    """
-    texts = wordings(concept, style, colour)
-    return rng.choices(texts, weights=[1 if k < 3 else 2 for k in range(len(texts))])[0]
-
-
 # ----------------------------------------------------------------------------------------------------------- held out
 
-def choose_held_out(drawings: Drawings, share: float = 0.05, block: int = 20) -> dict[str, list[list[str]]]:
-    """About 5% of the (concept, style) and of the (concept, colour) pairs, always the same ones.
+def read_held_out(path=HELD_OUT) -> set[tuple[str, str]]:
+    """The (concept, style) pairs that no training step may see, by name.
 
-    Chosen evenly over blocks of 20 concepts, so that the first N concepts have their share too. At most one style of a
-    concept is held out, or two where they are twins, and only when at least three others of it stay among the first
-    six styles. White is never held out: it is what a caption means that names no colour.
+    Chosen once, about 5% of all, evenly over the list of concepts: at most one style of a concept, or two where they
+    are `TWINS`, and only where at least three others stay.
     """
-    rng = random.Random(0)
-    have = {(drawings.concepts[c], drawings.styles[s]) for c, s in zip(drawings.concept, drawings.style)}
-    style_pairs, colour_pairs = [], []
-    for start in range(0, len(drawings.concepts), block):
-        concepts = drawings.concepts[start:start + block]
-        quota = share * sum(name in concepts for name, _ in have)
-        chosen = []
-        for concept in rng.sample(concepts, len(concepts)):
-            styles = [s for s in drawings.styles if (concept, s) in have]
-            style = rng.choice(styles)
-            group = [s for s in styles if s in (style, TWINS.get(style))]
-            stay = [s for s in styles if s in drawings.styles[:6] and s not in group]
-            if len(stay) >= 3 and len(chosen) + len(group) <= round(quota):
-                chosen += [[concept, s] for s in group]
-        style_pairs += chosen
-        colours = [[concept, colour] for concept in concepts for colour in COLOURS if colour != "white"]
-        colour_pairs += rng.sample(colours, round(share * len(colours)))
-    return {"styles": sorted(style_pairs), "colours": sorted(colour_pairs)}
-
-
-def write_held_out(path=HELD_OUT) -> None:
-    held_out = choose_held_out(load_drawings())
-    rows = {key: ",\n".join(f"  {json.dumps(pair)}" for pair in pairs) for key, pairs in held_out.items()}
-    temporary = Path(path).with_suffix(".tmp")
-    temporary.write_text(f'{{"styles": [\n{rows["styles"]}\n],\n"colours": [\n{rows["colours"]}\n]}}\n')
-    os.replace(temporary, path)
-    print(f"{path}: {len(held_out['styles'])} (concept, style) and {len(held_out['colours'])} (concept, colour) pairs")
-
-
-def read_held_out(path=HELD_OUT) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
-    """The pairs that no training step may see, by name: (concept, style) and (concept, colour)."""
-    held_out = json.loads(Path(path).read_text())
-    return {tuple(pair) for pair in held_out["styles"]}, {tuple(pair) for pair in held_out["colours"]}
-
-
-def held_out_pairs(drawings: Drawings, path=HELD_OUT) -> torch.Tensor:
-    """Rows of `drawings`, int64, whose (concept, style) is held out."""
-    held_out, _ = read_held_out(path)
-    return torch.tensor([row for row, (c, s) in enumerate(zip(drawings.concept, drawings.style))
-                         if (drawings.concepts[c], drawings.styles[s]) in held_out], dtype=torch.int64)
-
-
-def trained_pairs(drawings: Drawings, path=HELD_OUT) -> torch.Tensor:
-    """Rows of `drawings`, int64, that may be trained on: all but the held-out ones."""
-    trained = torch.ones(len(drawings.rgba), dtype=torch.bool)
-    trained[held_out_pairs(drawings, path)] = False
-    return trained.nonzero()[:, 0]
-
-
-def trained_colours(drawings: Drawings, path=HELD_OUT) -> torch.Tensor:
-    """(concepts, colours) bool: which of `COLOURS`, in their order, a concept may be trained on."""
-    _, held_out = read_held_out(path)
-    return torch.tensor([[(concept, colour) not in held_out for colour in COLOURS] for concept in drawings.concepts])
+    return {tuple(pair) for pair in json.loads(Path(path).read_text())["styles"]}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Fetch and render the drawings, or choose the held-out pairs anew.")
-    parser.add_argument("what", nargs="?", default="drawings", choices=["drawings", "held_out"])
-    if parser.parse_args().what == "drawings":
-        make_cache()
-    else:
-        write_held_out()
+    make_cache()
