@@ -93,7 +93,7 @@ def check(arguments):
 
     def within(name, low, high=math.inf, unit=1):
         value = getattr(arguments, name.replace("-", "_").replace("steps", "n_inference_steps"))
-        fits = value is None or low <= value <= high and math.isfinite(value) and value % unit == 0
+        fits = value is None or low <= value <= high and math.isfinite(value) and (unit == 1 or value % unit == 0)
         kind = f"a multiple of {unit}" if unit > 1 else "a number"
         require(fits, f"--{name} is {value}; give {kind} from {low} {'on' if high == math.inf else f'to {high}'}")
 
@@ -109,7 +109,7 @@ def check(arguments):
     within("height", 8, unit=8)
     within("width", 8, unit=8)
     within("tile-size", 64, unit=32)
-    within("cfg-scale", -1e6, 1e6)
+    within("cfg-scale", -1000, 1000)
     within("seed", 0, 2**63 - arguments.count)
     require(arguments.strength is None or 0 < arguments.strength <= 1,
             f"--strength is {arguments.strength}; it must lie in (0, 1]")

@@ -136,10 +136,10 @@ def save_checkpoint(models: dict[str, nn.Module], path, overwrite: bool = False)
 
     Raises:
         FileExistsError: there is such a file.
-        ValueError: a network is packed, missing, or not one of SD 1.x; or the name does not end in .safetensors.
+        ValueError: a network is packed, missing, or not one of SD 1.x; or the name is that of a pickle.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise ValueError(f"{path}: checkpoints are written as safetensors; give a name that ends in .safetensors")
     check_new(path, overwrite)
     configs, state_dicts = take_apart(models)

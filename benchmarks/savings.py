@@ -20,9 +20,10 @@ import torch
 import model_loader
 from benchmarks import measure
 from extensions.deep_cache import DeepCache
-from training import emoji
-from training.evaluate import CFG_SCALE, STEPS, Judge, draw, sample_rows
-from training.train import MODEL, N_CONCEPTS, STYLES
+from training.evaluate import Judge, cut, draw
+from training.train import MODEL, load_grammar
+
+STEPS, CFG_SCALE = 20, 4.0
 
 CURVES = {  # {curve: [(steps, noise levels with guidance or None for all, interval of the deep layers), ...]}
     "exact": [(STEPS, None, 1)],
@@ -80,15 +81,15 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     models = model_loader.preload_models_from_standard_weights(MODEL, "cpu", "float32")
-    tokenizer, drawings = model_loader.load_tokenizer(), emoji.load_drawings(n_concepts=N_CONCEPTS, styles=STYLES)
-    judge, rows = Judge(drawings), sample_rows(emoji.trained_pairs(drawings), arguments.prompts)
-    prompts = judge.prompts(rows)
+    tokenizer, grammar = model_loader.load_tokenizer(), load_grammar()
+    judge, prompts = Judge(grammar), [thing.singular for thing in grammar.world][: arguments.prompts]
     settings = {describe(*setting)[0]: setting for curve in CURVES.values() for setting in curve}
 
     pictures = {name: draw_with(setting, prompts, models, tokenizer) for name, setting in settings.items()}
     exact = pictures[f"{STEPS} steps"].astype(float)
     distance = {name: np.sqrt(np.mean((picture - exact) ** 2)) for name, picture in pictures.items()}
-    recall = {name: judge.recall(picture, rows)[0] for name, picture in pictures.items()}
+    recall = {name: np.mean([thing == (k,) for k, thing in enumerate(judge.nearest("thing", cut(picture))[0])])
+              for name, picture in pictures.items()}
     times = measure.interleave({name: partial(draw_with, setting, prompts[:1], models, tokenizer)
                                 for name, setting in settings.items()}, arguments.rounds)
     seconds = {name: measure.statistics.median(times[name]) for name in settings}

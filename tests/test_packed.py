@@ -147,4 +147,4 @@ def test_what_a_hook_was_shown_is_never_overwritten(network, is_packed):
     for layer in module.modules():
         layer.register_forward_hook(keep)
     module(*inputs(network))
-    assert len(seen) > 100 and all(torch.equal(x, as_it_was) for x, as_it_was in seen)
+    assert len(seen) > 50 and all(torch.equal(x, as_it_was) for x, as_it_was in seen)

@@ -1,16 +1,13 @@
 import math
-import subprocess
 import sys
 import threading
 import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
-from PIL import Image
 
 import images
 import model_loader
@@ -21,8 +18,6 @@ from diffusion import Diffusion
 from oracle import picture
 from pipeline import denoise, encode_prompts, generate, get_time_embedding
 from samplers import SAMPLERS
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -448,66 +443,6 @@ def test_an_inpainting_unet_is_refused(models, tokenizer):
     unet = type(models["diffusion"])(replace(oracle.TINY["diffusion"], in_channels=9))
     with pytest.raises(ValueError, match="takes 9 channels"):
         generate("a cat", models={**models, "diffusion": unet}, tokenizer=tokenizer)
-
-
-# ---- the command line
-
-
-def run(*arguments):
-    return subprocess.run([sys.executable, ROOT / "cli.py", *map(str, arguments)], capture_output=True, text=True)
-
-
-def test_command_line_writes_a_picture_and_never_overwrites(checkpoint, tmp_path):
-    arguments = ["a red apple", "--checkpoint", checkpoint, "--device", "cpu", "--dtype", "float32", "--steps", 2,
-                 "--sampler", "ddim", "--seed", 5, "--cfg-scale", 3, "--uncond-prompt", "blurry", "--count", 2,
-                 "--output", tmp_path / "apple.png"]
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
-    for told in [str(checkpoint), "device cpu", "seed 5", str(tmp_path / "apple-2.png")]:
-        assert told in done.stdout
-    second = Image.open(tmp_path / "apple-2.png")
-    assert second.size == (64, 64)
-    assert second.text["parameters"] == ("a red apple\nNegative prompt: blurry\n"
-                                         "Steps: 2, Sampler: DDIM, CFG scale: 3.0, Seed: 6, Size: 64x64, Model: tiny")
-    before = (tmp_path / "apple-1.png").read_bytes()
-    again = run(*arguments[:-4], "--count", 2, "--output", tmp_path / "apple.png")
-    assert again.returncode != 0 and "--overwrite" in again.stderr and again.stderr.count("\n") == 1
-    assert (tmp_path / "apple-1.png").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["apple-1.png", "apple-2.png"]
-
-    single = run(*arguments[:-4], "--input-image", tmp_path / "apple-1.png", "--strength", 0.5, "--height", 24,
-                 "--width", 40, "--output", tmp_path / "apple-1.png", "--overwrite")
-    assert single.returncode == 0, single.stderr
-    changed = Image.open(tmp_path / "apple-1.png")
-    assert changed.size == (40, 24) and "Denoising strength: 0.5" in changed.text["parameters"]
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["x", "--checkpoint", "nowhere.ckpt"], "nowhere.ckpt: no such checkpoint"),
-    (["x", "--output", "picture.jpg"], "must end in .png|ends in .png"),
-    (["x", "--output", "nowhere/picture.png"], "no folder nowhere"),
-    (["x", "--count", "0"], "--count is 0"),
-    (["x", "--device", "abacus", "--checkpoint", __file__], "device is 'abacus'"),
-])
-def test_command_line_mistakes_get_one_line(arguments, message, tmp_path):
-    done = run("--output", tmp_path / "o.png", *arguments)
-    assert done.returncode != 0
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
-    import re
-    assert re.search(message, done.stderr)
-
-
-def test_help_imports_nothing_heavy():
-    command = [sys.executable, "-X", "importtime", ROOT / "cli.py", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "--cfg-scale" in done.stdout
-    assert not any(name in done.stderr for name in ["torch", "transformers", "numpy", "PIL"])
-
-
-def test_help_names_every_sampler():
-    help_text = run("--help").stdout.replace("\n", " ")
-    assert all(name in help_text for name in SAMPLERS)
-    assert len({sampler.label for sampler in SAMPLERS.values()}) == len(SAMPLERS)
 
 
 # ---- fewer and cheaper steps
