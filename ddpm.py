@@ -186,8 +186,8 @@ class DDPMSampler:
         """
         timesteps = np.asarray(timestep.cpu() if isinstance(timestep, torch.Tensor) else timestep).reshape(-1)
         if len(timesteps) not in (1, len(latents)):
-            raise ValueError(f"there are {len(timesteps)} timesteps for {len(latents)} rows of latents; give one, or one "
-                             f"a row")
+            raise ValueError(f"there are {len(timesteps)} timesteps for {len(latents)} rows of latents; give one, or "
+                             f"one a row")
         alpha_bar = torch.tensor([self.alpha_bar(t) for t in timesteps.tolist()], dtype=torch.float64, device="cpu")
         signal, noise_level = (x.sqrt().to(latents.device, latents.dtype).view(-1, 1, 1, 1) for x in
                                (alpha_bar, 1 - alpha_bar))

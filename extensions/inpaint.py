@@ -3,7 +3,7 @@
     inpaint("a cat on a bench", "bench.png", "mask.png")
     outpaint("a bench in a park", "bench.png", left=128, right=128)
 
-After each step of a common model, what is to stay is put back with that step's noise (RePaint, arXiv 2201.09865, eq. 8).
+After each step of a common model, what stays is put back with that step's noise (RePaint, arXiv 2201.09865, eq. 8).
 A model made for it, with 9 channels, sees mask and masked picture beside the noisy latents (runwayml/stable-diffusion,
 LatentInpaintDiffusion). Noise is drawn in the order of diffusers' pipeline.
 """
@@ -195,8 +195,8 @@ def open_mask(mask, size: tuple[int, int]) -> Image.Image:
         mask = alpha if alpha.getextrema()[0] < 255 else mask
     mask = open_image(mask, name).convert("L")
     if mask.size != size:
-        raise ValueError(f"{name} is {mask.width}x{mask.height} pixels, the picture {size[0]}x{size[1]}; give a mask of "
-                         f"its size")
+        raise ValueError(f"{name} is {mask.width}x{mask.height} pixels, the picture {size[0]}x{size[1]}; give a mask "
+                         f"of its size")
     return mask
 
 

@@ -395,11 +395,14 @@ def test_bombs(tmp_path, opcodes):
 
 
 def test_numpy_arrays_that_share_a_text(tmp_path):
-    array = (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85X\x01\x00\x00\x00b\x87R(K\x01J\x00\x00\x10\x00\x85"
+    array = (b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85X\x01\x00\x00\x00b\x87R(K\x01J\x00\x00"
+             b"\x10\x00\x85"
              b"cnumpy\ndtype\nX\x02\x00\x00\x00u1K\x00K\x01\x87R(K\x03X\x01\x00\x00\x00|NNNJ\xff\xff\xff\xffJ\xff\xff\xff"
              b"\xffK\x00tb\x89h\x07tb")
-    rebuilt = b"ctorch._utils\n_rebuild_device_tensor_from_numpy\n(" + array + b"ctorch\nuint8\n" + text("cpu") + b"\x89tR"
-    opcodes = (b"\x80\x02c_codecs\nencode\n" + text("a" * 2**20) + text("latin1") + b"\x86Rq\x070](" + 100 * rebuilt + b"e.")
+    rebuilt = (b"ctorch._utils\n_rebuild_device_tensor_from_numpy\n(" + array + b"ctorch\nuint8\n" + text("cpu")
+               + b"\x89tR")
+    opcodes = (b"\x80\x02c_codecs\nencode\n" + text("a" * 2**20) + text("latin1") + b"\x86Rq\x070]("
+               + 100 * rebuilt + b"e.")
     with pytest.raises(CheckpointError, match="of which the file holds but a part"):
         read_checkpoint(raw_pickle(tmp_path / "model.ckpt", opcodes))
 
@@ -528,7 +531,8 @@ def test_a_model_in_eight_bits(written, tiny, weights, tmp_path, dtype, kind):
     for wanted in (torch.float32, torch.float16, torch.bfloat16):
         loaded = load_from_standard_weights(path, dtype=wanted)
         assert {weight.dtype for part in loaded.values() for weight in part.values()} == {wanted}
-        assert_holds({network: {name: weight.float() for name, weight in part.items()} for network, part in loaded.items()},
+        assert_holds({network: {name: weight.float() for name, weight in part.items()}
+                      for network, part in loaded.items()},
                      {name: weight.float() for name, weight in stored.items()})
     kept = load_from_standard_weights(path)
     assert {weight.dtype for part in kept.values() for weight in part.values()} == {dtype}
@@ -536,8 +540,10 @@ def test_a_model_in_eight_bits(written, tiny, weights, tmp_path, dtype, kind):
 
 def test_expanded_biases(written, tiny, weights):
     zero = torch.zeros(1)
-    expanded = {name: zero.expand(weight.shape) if name.endswith("bias") else weight for name, weight in weights.items()}
-    assert_holds(load_from_standard_weights(written(expanded)), {name: weight.clone() for name, weight in expanded.items()})
+    expanded = {name: zero.expand(weight.shape) if name.endswith("bias") else weight
+                for name, weight in weights.items()}
+    assert_holds(load_from_standard_weights(written(expanded)),
+                 {name: weight.clone() for name, weight in expanded.items()})
 
 
 class StateDict(collections.OrderedDict):
@@ -546,7 +552,8 @@ class StateDict(collections.OrderedDict):
 
 HARMLESS = {
     "re": re.compile(r"\w+"), "logging": logging.getLogger("train"), "itertools": itertools.count(3),
-    "functools": functools.partial(int, base=2), "_io": io.BytesIO(b"preview"), "collections": collections.Counter("aab"),
+    "functools": functools.partial(int, base=2), "_io": io.BytesIO(b"preview"),
+    "collections": collections.Counter("aab"),
     "deque": collections.deque([1, 2]), "enumerate": enumerate([1]), "an error": ValueError("stopped"),
     "datetime": datetime.datetime(2022, 9, 1), "struct_time": time.localtime(), "operator": operator.itemgetter(0),
     "uuid": uuid.uuid4(), "range": range(3), "string": string.Template("$a"), "array": array.array("i", [1]),
@@ -607,8 +614,10 @@ def test_storages_that_are_not_aligned_and_in_the_other_byte_order(tmp_path, wri
 
 
 @pytest.mark.parametrize("content, message", [
-    (torch.nn.Linear(2, 2), "a pickled 'torch.nn.modules.linear.Linear' object; expected its weights alone, as torch.save"),
-    ({"state_dict": torch.nn.Linear(2, 2)}, "a 'torch.nn.modules.linear.Linear' object as 'state_dict'; expected its wei"),
+    (torch.nn.Linear(2, 2),
+     "a pickled 'torch.nn.modules.linear.Linear' object; expected its weights alone, as torch.save"),
+    ({"state_dict": torch.nn.Linear(2, 2)},
+     "a 'torch.nn.modules.linear.Linear' object as 'state_dict'; expected its wei"),
     ([torch.ones(2)], "a pickled list"), (torch.ones(2), "a pickled Tensor"), ({"state_dict": None}, "a NoneType as"),
 ])
 @pytest.mark.parametrize("legacy", [False, True])
@@ -620,7 +629,8 @@ def test_other_things_than_weights_are_named(written, content, message, legacy):
 def test_a_weight_that_float16_cannot_hold(written, tiny, weights):
     key = f"{UNET}out.0.bias"
     path = written({**weights, key: torch.full((32,), 70000.0)})
-    with pytest.raises(CheckpointError, match=f"{key} holds 70000, which torch.float16 cannot hold; load it as float32"):
+    message = f"{key} holds 70000, which torch.float16 cannot hold; load it as float32"
+    with pytest.raises(CheckpointError, match=message):
         load_from_standard_weights(path, dtype=torch.float16)
     assert load_from_standard_weights(path, dtype=torch.float32)["diffusion"]["norm_out.bias"][0] == 70000
 

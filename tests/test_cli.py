@@ -25,8 +25,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def run(monkeypatch, checkpoint, tmp_path, capsys):
-    """Runs the command line on the tiny checkpoint, in this process, and returns the pictures that it wrote, by name, and
-    what it said."""
+    """Runs the command line on the tiny checkpoint, in this process, and returns the pictures that it wrote, by name,
+    and what it said."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
@@ -54,14 +54,16 @@ def passed_on(monkeypatch):
 
 
 def in_process(*arguments, **settings):
-    return subprocess.run([sys.executable, ROOT / "cli.py", *map(str, arguments)], capture_output=True, text=True, **settings)
+    command = [sys.executable, ROOT / "cli.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **settings)
 
 
 # ---- what is drawn
 
 
 def test_pictures_are_those_of_generate(run, models, tokenizer):
-    pictures, said = run("a red apple", "--cfg-scale", 3, "--uncond-prompt", "blurry", "--count", 2, "--dtype", "float32")
+    pictures, said = run("a red apple", "--cfg-scale", 3, "--uncond-prompt", "blurry", "--count", 2, "--dtype",
+                         "float32")
     expected = generate(["a red apple"] * 2, "blurry", cfg_scale=3, models=models, tokenizer=tokenizer, seed=5,
                         sampler_name="ddim", n_inference_steps=2)
     assert list(pictures) == ["output-2.png", "output.png"]
@@ -119,7 +121,8 @@ def test_a_lora_by_option_and_by_tag(run, tmp_path):
     save_file({f"{name}.lora_down.weight": torch.randn(4, 64), f"{name}.lora_up.weight": torch.randn(64, 4)},
               tmp_path / "style.safetensors")
     plain, by_option, by_tag = (np.asarray(run(prompt, "--overwrite", *more)[0]["output.png"]) for prompt, more in [
-        ("a cat", []), ("a cat", ["--lora", "style.safetensors:0.5"]), (f"a cat<lora:{tmp_path}/style.safetensors:0.5>", [])])
+        ("a cat", []), ("a cat", ["--lora", "style.safetensors:0.5"]),
+        (f"a cat<lora:{tmp_path}/style.safetensors:0.5>", [])])
     assert (plain != by_option).any() and np.array_equal(by_option, by_tag)
     assert images.read_parameters("output.png")["loras"] == [f"{tmp_path}/style.safetensors:0.5"]
 
@@ -137,20 +140,23 @@ def test_from_a_picture_with_a_mask_and_beyond_its_edges(run):
     mask[:, 32:] = 255
     Image.fromarray(mask).save("mask.png")
     image = run("a cat", "--input-image", "in.png", "--strength", 0.5, "--output", "b.png")[0]["b.png"]
-    assert image.size == (72, 56) and "Denoising strength: 0.5" in image.text["parameters"]  # its proportions, 64² pixels
+    assert image.size == (72, 56)  # its proportions, 64² pixels
+    assert "Denoising strength: 0.5" in image.text["parameters"]
     assert "Init image hash: " in image.text["parameters"]
     masked = np.asarray(run("a cat", "--input-image", "in.png", "--mask", "mask.png", "--output", "c.png")[0]["c.png"])
     before = np.asarray(Image.open("in.png"))
     assert np.array_equal(masked[:, :32], before[:, :32]) and (masked[:, 32:] != before[:, 32:]).any()
-    wider = np.asarray(run("a cat", "--input-image", "in.png", "--outpaint", 16, 0, 0, 8, "--output", "d.png")[0]["d.png"])
+    wider = run("a cat", "--input-image", "in.png", "--outpaint", 16, 0, 0, 8, "--output", "d.png")[0]["d.png"]
+    wider = np.asarray(wider)
     assert wider.shape == (56, 80, 3) and np.array_equal(wider[:48, 16:], before)
-    stretched = run("a cat", "--input-image", "in.png", "--resize", "stretch", "--width", 64, "--height", 64, "--strength",
-                    0.5, "--output", "e.png")[0]["e.png"]
+    stretched = run("a cat", "--input-image", "in.png", "--resize", "stretch", "--width", 64, "--height", 64,
+                    "--strength", 0.5, "--output", "e.png")[0]["e.png"]
     assert stretched.size == (64, 64)
 
 
 def test_like_draws_the_same_again_and_options_win(run):
-    first = run("a (cat:1.2)", "--uncond-prompt", "blurry", "--cfg-scale", 3.5, "--seed", 8, "--height", 72)[0]["output.png"]
+    first = run("a (cat:1.2)", "--uncond-prompt", "blurry", "--cfg-scale", 3.5, "--seed", 8, "--height", 72)[0]
+    first = first["output.png"]
     again = run("--like", "output.png", "--seed", 8, "--steps", 2, "--sampler", "ddim")[0]["output-2.png"]
     assert np.array_equal(first, again) and first.text == again.text
     other = run("--like", "output.png", "--cfg-scale", 5)[0]["output-3.png"]
@@ -158,7 +164,8 @@ def test_like_draws_the_same_again_and_options_win(run):
 
 
 def test_like_names_what_it_cannot_follow(run, tmp_path):
-    text = "a cat\nSteps: 2, Sampler: DDIM, CFG scale: 3, Seed: 5, Size: 64x64, Hires upscale: 2, Model: other, Token: 1"
+    text = "a cat\nSteps: 2, Sampler: DDIM, CFG scale: 3, Seed: 5, Size: 64x64, Hires upscale: 2, Model: other, "
+    text += "Token: 1"
     images.save_picture(np.zeros((8, 8, 3), np.uint8), tmp_path / "web.png", text)
     said = run("--like", "web.png", "--output", "x.png")[1]
     assert "not followed: Hires upscale, Token" in said and "drawn with the model other" in said
@@ -202,8 +209,8 @@ def test_half_precision_that_fails_is_drawn_again_in_float32(run, monkeypatch):
 
 @pytest.mark.parametrize("stream", ["closed", "cp1252"])
 def test_what_only_tells_costs_no_picture(checkpoint, tmp_path, stream):
-    command = [sys.executable, ROOT / "cli.py", "x", "--checkpoint", checkpoint, "--device", "cpu", "--steps", "1", "--count",
-               "2", "--output", tmp_path / "яблоко.png"]
+    command = [sys.executable, ROOT / "cli.py", "x", "--checkpoint", checkpoint, "--device", "cpu", "--steps", "1",
+               "--count", "2", "--output", tmp_path / "яблоко.png"]
     environment = os.environ | {"PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
     process = subprocess.Popen(list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if stream == "closed":
@@ -216,8 +223,9 @@ def test_what_only_tells_costs_no_picture(checkpoint, tmp_path, stream):
 
 
 def test_being_told_to_stop_leaves_no_temporary_file(checkpoint, tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / "cli.py", "x", "--checkpoint", checkpoint, "--device", "cpu", "--steps",
-                                "1000", "--output", tmp_path / "x.png"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    command = [sys.executable, ROOT / "cli.py", "x", "--checkpoint", checkpoint, "--device", "cpu", "--steps", "1000",
+               "--output", tmp_path / "x.png"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     process.stdout.readline()  # it has loaded
     assert len(list(tmp_path.iterdir())) == 1
     time.sleep(0.5)

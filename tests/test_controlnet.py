@@ -184,12 +184,13 @@ def test_shuffle_pools_as_in_diffusers(models, load, edges, draw, draw_diffusers
 @pytest.mark.parametrize("start, end, steps, controlled_steps", [
     (0.3, 0.6, 10, [3, 4, 5]), (0.1, 0.7, 10, [1, 2, 3, 4, 5, 6]), (0.34, 1.0, 3, [2]), (0.0, 0.5, 3, [0])])
 def test_an_interval_counts_calls(models, load, edges, start, end, steps, controlled_steps):
-    controlnet, calls = load(edges), []
-    controlnet.register_forward_hook(lambda *call: calls.append(i))
+    controlnet, calls, step = load(edges), [], [0]
+    controlnet.register_forward_hook(lambda *call: calls.append(step[0]))
     controlled = Controlled(models["diffusion"], [(controlnet, picture((72, 64)), 1.0)], start, end)
     inputs = torch.zeros(1, 4, 4, 4), torch.zeros(2, 9, 32), torch.zeros(1, 32)
     run = controlled.for_run(SimpleNamespace(timesteps=range(steps)))
-    for i in range(steps):
+    for number in range(steps):
+        step[0] = number
         run(*inputs)
     assert calls == controlled_steps
     controlled(*inputs)

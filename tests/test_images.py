@@ -418,7 +418,8 @@ def web_ui_fields(text):
     return {name: json.loads(value) if value[:1] == '"' else value for name, value in found}
 
 
-@pytest.mark.parametrize("name", ["a, Seed: 1", 'a", Seed: 1, b: "', "a\\", 'a"b', "a: b", " a", "a\nSeed: 1", "a\u2028b",
+@pytest.mark.parametrize("name", ["a, Seed: 1", 'a", Seed: 1, b: "', "a\\", 'a"b', "a: b", " a", "a\nSeed: 1",
+                                  "a\u2028b",
                                   ""])
 def test_a_file_name_forges_no_setting(tmp_path, name):
     path = save_picture(IMAGE, tmp_path / "a.png", {**SETTINGS, "model": name, "seed": 5, "vae": name})
