@@ -9,6 +9,7 @@ import math
 import secrets
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 # What is drawn with if neither the command line nor the picture of --like says so.
@@ -331,6 +332,7 @@ def draw_one(models, embeddings, arguments, settings, seed):
         options["sampler_name"] = settings["sampler_name"]
     prompt, uncond_prompt = settings["prompt"], settings["uncond_prompt"]
     if settings["plain_prompt"]:
+        warnings.filterwarnings("ignore", "the prompt holds")  # that it is taken to the letter is asked for
         options |= {"prompt": prompt, "uncond_prompt": uncond_prompt}
     else:
         from model_loader import default_tokenizer

@@ -21,6 +21,8 @@ from diffusion import get_guidance_embedding, get_time_embedding
 from images import native_size, open_image, to_tensor, to_uint8
 from samplers import SAMPLERS
 
+SYNTAX = re.compile(r"[(\[]|\bBREAK\b|<\w+:[^>]+>")  # what web UIs read in prompts: emphasis, editing, tags
+
 Context = Tensor | Callable[[int, int], Tensor]
 Scale = float | Callable[[float], float]
 
@@ -185,6 +187,10 @@ def encode_prompts(prompts: list[str], uncond_prompts: list[str], clip: nn.Modul
         (len(prompts) + len(uncond_prompts), 77, 768) on the text encoder's device, in its dtype.
     """
     model_loader.check_tokenizer(tokenizer, clip.config.n_vocab)
+    for text in [*prompts, *uncond_prompts]:
+        if syntax := SYNTAX.search(text):
+            warn(f"the prompt holds {syntax[0]!r}, which is taken to the letter here; encode_weighted in "
+                 f"extensions/emphasis.py reads it as web UIs do")
     for text in prompts:
         if unknown := tell_unknown_words(text, clip.config.words):
             warn(unknown)

@@ -12,7 +12,7 @@ bicubic interpolation.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention import CrossAttention, split_heads
-from diffusion import AttentionBlock
+from diffusion import AttentionBlock, Diffusion
 
 
 @contextmanager
@@ -31,7 +31,8 @@ def record_attention(diffusion: nn.Module, row: int = 0) -> Iterator["AttentionR
     The UNet's results stay the same, bit for bit. Draw one picture inside the block: a second one would be averaged in.
 
     Args:
-        diffusion: a `diffusion.Diffusion`.
+        diffusion: a `diffusion.Diffusion`, or what stands for one: a wrapper of the extensions, or a compiled one,
+            which runs as it is written meanwhile, since compiled code calls no hooks.
         row: which row of its batch to record. `generate` puts the prompts before what guidance moves away from, so
             row k belongs to prompt k, with and without guidance.
 
@@ -39,13 +40,16 @@ def record_attention(diffusion: nn.Module, row: int = 0) -> Iterator["AttentionR
         An `AttentionRecord`. Call its maps() once the picture is drawn.
     """
     record = AttentionRecord(row)
-    hooks = [diffusion.register_forward_pre_hook(record.begin_step)]
-    for block in diffusion.modules():
+    is_compiled = any(hasattr(part, "_orig_mod") or part._compiled_call_impl for part in diffusion.modules())
+    unet = next(part for part in diffusion.modules() if isinstance(part, Diffusion))
+    hooks = [unet.encoders[0].register_forward_pre_hook(record.begin_step)]  # which wrappers call, too
+    for block in unet.modules():
         if isinstance(block, AttentionBlock):
             hooks.append(block.register_forward_pre_hook(record.enter_block))
             hooks.append(block.attention_2.register_forward_hook(record.add_layer))
     try:
-        yield record
+        with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+            yield record
     finally:
         for hook in hooks:
             hook.remove()
@@ -73,7 +77,7 @@ class AttentionRecord:
 
     # ---- hooks, called by PyTorch
 
-    def begin_step(self, diffusion, inputs):
+    def begin_step(self, block, inputs):
         self.latents_size = inputs[0].shape[2:]
         n_rows = len(inputs[1])  # of the context, which with guidance has twice as many as the latents
         if not 0 <= self.row < n_rows:

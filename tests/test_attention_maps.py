@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from attention import CrossAttention
+from diffusion import Diffusion
 from extensions.attention_maps import get_probabilities, merge_words, overlay, record_attention
-from pipeline import get_time_embedding
+from extensions.deep_cache import DeepCache
+from pipeline import generate, get_time_embedding
 
 PROMPT = "a red xylophone"  # the last word takes three tokens
 
@@ -146,3 +148,29 @@ def test_overlay_is_yellow_at_the_top_of_the_map_and_dark_at_its_foot():
     assert out.shape == image.shape and out.dtype == np.uint8
     assert out[0, -1].tolist() == [40 + 153, 40 + 153, 40 + 46] and out[-1, 0].tolist() == [40, 40, 40]
     assert np.array_equal(overlay(image, torch.full((2, 3), 0.5)), np.full_like(image, 40))  # flat: nothing stands out
+
+
+@pytest.mark.parametrize("how", ["in place", "wrapped"])
+def test_a_compiled_unet_is_recorded(models, draw, tokenizer, how):
+    with record_attention(models["diffusion"]) as expected:
+        draw()
+    unet = Diffusion(models["diffusion"].config)
+    unet.load_state_dict(models["diffusion"].state_dict())
+    compiled = torch.compile(unet, backend="eager") if how == "wrapped" else unet
+    if how == "in place":
+        unet.compile(backend="eager")
+    with record_attention(compiled) as record:
+        generate(PROMPT, height=64, width=96, models={**models, "diffusion": compiled}, tokenizer=tokenizer, n_inference_steps=2,
+                 sampler_name="ddim", seed=7)
+    torch.testing.assert_close(record.maps(), expected.maps())
+
+
+def test_a_unet_in_a_wrapper_is_recorded(models, draw, tokenizer):
+    with record_attention(models["diffusion"]) as expected:
+        draw()
+    wrapper = DeepCache(models["diffusion"], 1)
+    for recorded in (wrapper, models["diffusion"]):
+        with record_attention(recorded) as record:
+            generate(PROMPT, height=64, width=96, models={**models, "diffusion": wrapper}, tokenizer=tokenizer, n_inference_steps=2,
+                     sampler_name="ddim", seed=7)
+        torch.testing.assert_close(record.maps(), expected.maps())

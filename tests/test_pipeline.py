@@ -1,7 +1,9 @@
 import math
+import re
 import sys
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -71,6 +73,28 @@ def test_a_checkpoint_has_its_own_guidance_scale(draw, models, tokenizer):
     image = generate("a cat", models={**models, "diffusion": unet}, tokenizer=tokenizer, n_inference_steps=2, seed=7,
                      sampler_name="ddim")
     assert np.array_equal(image, draw(cfg_scale=3.0)) and np.array_equal(draw(), draw(cfg_scale=7.5))
+
+
+@pytest.mark.parametrize("prompt, syntax", [("a (red:1.3) apple", "("), ("[cat:dog:0.5]", "["), ("a BREAK b", "BREAK"),
+                                            ("a <lora:x:1>", "<lora:x:1>")])
+def test_syntax_that_is_taken_to_the_letter_is_told(draw, prompt, syntax):
+    with pytest.warns(UserWarning, match=f"the prompt holds {re.escape(repr(syntax))}.*emphasis.py") as caught:
+        draw(prompt, n_inference_steps=1)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw("a cat, sitting: on a > b", n_inference_steps=1)
+
+
+def test_four_threads_draw_what_one_draws(models, tokenizer):
+    def draw_alone(seed):
+        return generate(f"cat {seed}", models=models, tokenizer=tokenizer, seed=seed, n_inference_steps=1,
+                        sampler_name="ddim", progress=False)
+
+    expected = [draw_alone(seed) for seed in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(draw_alone, range(40)))
+    assert all(np.array_equal(image, as_alone) for image, as_alone in zip(drawn, expected))
 
 
 def test_words_that_a_checkpoint_does_not_know_are_named(draw, models, tokenizer):
