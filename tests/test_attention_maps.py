@@ -160,8 +160,8 @@ def test_a_compiled_unet_is_recorded(models, draw, tokenizer, how):
     if how == "in place":
         unet.compile(backend="eager")
     with record_attention(compiled) as record:
-        generate(PROMPT, height=64, width=96, models={**models, "diffusion": compiled}, tokenizer=tokenizer, n_inference_steps=2,
-                 sampler_name="ddim", seed=7)
+        generate(PROMPT, height=64, width=96, models={**models, "diffusion": compiled}, tokenizer=tokenizer,
+                 n_inference_steps=2, sampler_name="ddim", seed=7)
     torch.testing.assert_close(record.maps(), expected.maps())
 
 
@@ -171,6 +171,6 @@ def test_a_unet_in_a_wrapper_is_recorded(models, draw, tokenizer):
     wrapper = DeepCache(models["diffusion"], 1)
     for recorded in (wrapper, models["diffusion"]):
         with record_attention(recorded) as record:
-            generate(PROMPT, height=64, width=96, models={**models, "diffusion": wrapper}, tokenizer=tokenizer, n_inference_steps=2,
-                     sampler_name="ddim", seed=7)
+            generate(PROMPT, height=64, width=96, models={**models, "diffusion": wrapper}, tokenizer=tokenizer,
+                     n_inference_steps=2, sampler_name="ddim", seed=7)
         torch.testing.assert_close(record.maps(), expected.maps())
