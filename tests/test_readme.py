@@ -61,7 +61,7 @@ def test_a_script_in_another_folder_runs(checkpoint, tmp_path):
 def test_files_it_names_exist():
     listed = [name for _, name, _, _ in LISTED.findall(TEXT)]
     assert len(listed) > 10
-    for name in listed + re.findall(r"\]\(([\w/.-]+)\)", TEXT):
+    for name in listed + re.findall(r"\]\(([\w/.-]+)\)", TEXT) + re.findall(r"`(extensions/\w+\.py)`", TEXT):
         assert (ROOT / name).exists(), name
 
 
