@@ -71,6 +71,7 @@ def parse_arguments():
     add = parser.add_argument_group("with what").add_argument
     add("--checkpoint", help="a .ckpt or .safetensors file of SD 1.x, or a diffusers folder (the newest in data/)")
     add("--vae", help="a file or folder of another autoencoder")
+    add("--tiny-vae", metavar="FILE", help="decode with a TAESD file: many times as fast, less fine")
     add("--ema", action="store_true", default=None, dest="use_ema", help="the moving average of the weights")
     add("--prediction", choices=["epsilon", "v"], help="what the UNet predicts, if the file does not say so (epsilon)")
     add("--device", help="cpu, cuda or mps (the fastest there is)")
@@ -290,6 +291,10 @@ def load(checkpoint, device, dtype, arguments, settings):
         from extensions.deep_cache import DeepCache
 
         models["diffusion"] = DeepCache(models["diffusion"], settings["cache_interval"])
+    if arguments.tiny_vae:
+        from extensions.tiny_vae import load_tiny_decoder
+
+        models["decoder"] = load_tiny_decoder(arguments.tiny_vae, device, dtype)
     if settings["tile_size"]:
         from extensions.tiled import TiledDecoder, TiledEncoder
 
@@ -375,6 +380,7 @@ def describe(arguments, settings):
     settings["loras"] = [text if ":" in text else f"{text}:1" for text in arguments.lora]
     settings["strength"] = settings["strength"] if arguments.input_image else None
     settings["vae"] = arguments.vae and Path(arguments.vae).stem
+    settings["Tiny VAE"] = arguments.tiny_vae and Path(arguments.tiny_vae).stem
     for name, path in [("input_image_hash", arguments.input_image), ("mask_hash", arguments.mask)]:
         settings[name] = path and hashlib.sha256(Path(path).read_bytes()).hexdigest()[:10]
     settings["Control"] = "; ".join(f"{Path(file).name} {image}" for file, image in arguments.control) or None

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 import cli
 import images
 import pipeline
+from decoder import DecoderConfig
+from extensions.tiny_vae import TinyDecoder
 from oracle import METADATA, picture, random_weights
 from pipeline import generate
 from samplers import SAMPLERS
@@ -74,6 +76,16 @@ def test_pictures_are_those_of_generate(run, models, tokenizer):
         "Steps: 2, Sampler: DDIM, CFG scale: 3.0, Seed: 6, Size: 64x64, Model: tiny, Dtype: float32")
     for told in ["tiny.safetensors, plain weights, device cpu (float32), seed 5", "wrote output-2.png"]:
         assert told in said
+
+
+def test_a_tiny_vae_decodes(run, models, tokenizer, tmp_path):
+    decoder = TinyDecoder(DecoderConfig(channels=(8,) * 4, n_blocks=3, n_groups=1)).eval()
+    save_file(decoder.layers.state_dict(), tmp_path / "taesd_decoder.safetensors")
+    pictures, _ = run("a cat", "--tiny-vae", "taesd_decoder.safetensors", "--dtype", "float32", "--cfg-scale", 1)
+    expected = generate("a cat", models=models | {"decoder": decoder}, tokenizer=tokenizer, seed=5, cfg_scale=1,
+                        sampler_name="ddim", n_inference_steps=2)
+    assert np.abs(np.asarray(pictures["output.png"]).astype(int) - expected).max() <= 1
+    assert "Tiny VAE: taesd_decoder" in pictures["output.png"].text["parameters"]
 
 
 def test_the_next_free_name_is_taken(run):

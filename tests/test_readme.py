@@ -5,6 +5,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import cli
 import model_loader
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +45,18 @@ def test_python_blocks_run(tiny_model, monkeypatch, tmp_path):
         picture, = set(tmp_path.glob("*.png")) - drawn
         assert Image.open(picture).size == (64, 64), block
         drawn.add(picture)
+
+
+def test_commands_run_one_after_another(tiny_model, monkeypatch, tmp_path):
+    """From top to bottom, in one folder: each writes a picture under the next free name, and takes none away."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (90, 60), "orange").save(tmp_path / "photo.jpg")
+    commands = re.findall(r"^    \.venv/bin/python (cli\.py .*)$", TEXT, flags=re.MULTILINE)
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", shlex.split(command))
+        cli.main()
+    names = ["output.png", *(f"output-{k}.png" for k in range(2, len(commands) + 1))]
+    assert len(names) > 3 and sorted(names) == sorted(path.name for path in tmp_path.glob("*.png"))
 
 
 def test_a_script_in_another_folder_runs(checkpoint, tmp_path):
