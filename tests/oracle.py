@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders import single_file_utils
 from PIL import Image
 from safetensors.torch import save_file
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from clip import CLIPConfig
@@ -104,3 +105,9 @@ def unet_oracle(weights, config=TINY["diffusion"]):
     model = empty_models({**TINY, "diffusion": config})[0]
     model.load_state_dict(single_file_utils.convert_ldm_unet_checkpoint(weights, model.config))
     return model.eval()
+
+
+def norms(network):
+    """The width and eps of each norm, sorted: on features of tiny variance eps is what counts."""
+    return sorted((type(norm).__name__, norm.weight.numel(), norm.eps) for norm in network.modules()
+                  if isinstance(norm, (nn.GroupNorm, nn.LayerNorm)))

@@ -14,6 +14,10 @@ def test_equals_transformers(models, weights, n_tokens):
     torch.testing.assert_close(models["clip"](tokens), expected, atol=1e-5, rtol=0)
 
 
+def test_norms_are_those_of_transformers(models, weights):
+    assert oracle.norms(models["clip"]) == oracle.norms(oracle.clip_oracle(weights))
+
+
 def test_a_token_does_not_see_later_ones(models):
     tokens = torch.full((1, 77), 5)
     other = tokens.clone()

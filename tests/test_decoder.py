@@ -12,6 +12,10 @@ def test_equals_diffusers(models, weights, height, width):
     torch.testing.assert_close(models["decoder"](latents), expected, atol=1e-5, rtol=0)
 
 
+def test_norms_are_those_of_diffusers(models, weights):
+    assert oracle.norms(models["decoder"]) == oracle.norms(oracle.vae_oracle(weights).decoder)
+
+
 def test_latents_may_come_in_float32(models):
     """As `generate` hands them to a callback, whatever the decoder's dtype is."""
     latents = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(0))

@@ -27,6 +27,10 @@ def test_a_timestep_for_each_row(models, weights):
     assert_equals_oracle(models["diffusion"], oracle.unet_oracle(weights), 8, 8, torch.tensor([3, 700]))
 
 
+def test_norms_are_those_of_diffusers(models, weights):
+    assert oracle.norms(models["diffusion"]) == oracle.norms(oracle.unet_oracle(weights))
+
+
 @pytest.mark.parametrize("changes", [
     dict(channels=(32,), attends=(True,)),
     dict(channels=(16, 32, 48, 64), attends=(False, True, True, True), n_blocks=1),

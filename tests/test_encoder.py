@@ -16,6 +16,10 @@ def test_equals_diffusers(models, weights, height, width):
     torch.testing.assert_close(models["encoder"](images, noise), expected, atol=1e-5, rtol=0)
 
 
+def test_norms_are_those_of_diffusers(models, weights):
+    assert oracle.norms(models["encoder"]) == oracle.norms(oracle.vae_oracle(weights).encoder)
+
+
 @pytest.mark.parametrize("log_variance, clamped", [(100.0, 20.0), (-100.0, -30.0)])
 def test_log_variance_is_clamped(log_variance, clamped):
     encoder = VAE_Encoder(oracle.TINY["encoder"])
