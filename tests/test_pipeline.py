@@ -180,6 +180,21 @@ def test_the_input_image_is_resized(draw):
 # ---- what the caller sees
 
 
+def test_the_defaults_are_those_of_the_original(models, tokenizer):
+    """As the README says them: of stable-diffusion's scripts, 50 steps, a guidance of 7.5 and a strength of 0.8."""
+    seen = []
+
+    def callback(step, timestep, latents):
+        seen.append(timestep)
+
+    given = {"models": models, "tokenizer": tokenizer, "seed": 7, "input_image": picture()}
+    image = generate("a cat", **given, callback=callback)
+    assert (len(seen), seen[0], seen[-1]) == (40, 781, 1)  # 0.8 of 50 steps: diffusers' timesteps of DDPM, from 1
+    expected = generate("a cat", "", strength=0.8, do_cfg=True, cfg_scale=7.5, sampler_name="ddpm",
+                        n_inference_steps=50, height=64, width=64, progress=False, **given)
+    assert np.array_equal(image, expected)
+
+
 def test_default_size_is_the_checkpoints(draw):
     assert draw(n_inference_steps=1).shape == (64, 64, 3)
     assert draw(["a", "b"], n_inference_steps=1, width=24).shape == (2, 64, 24, 3)
