@@ -12,9 +12,10 @@ from test_scenes import drawings, grammar  # noqa: F401  (fixtures)
 
 import model_loader
 import oracle
+from diffusion import get_time_embedding
 from model_converter import to_standard_weights
 from pipeline import generate
-from training import store, train
+from training import loop, store, train
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def fill_store(grammar):  # noqa: F811
 
 
 def quiet(monkeypatch):
-    monkeypatch.setattr(train, "report", lambda *arguments: None)
+    monkeypatch.setattr(loop, "report", lambda *arguments: None)
 
 
 def train_all(grammar):  # noqa: F811
@@ -101,9 +102,9 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(small, tmp_path,
 def test_two_processes_take_the_mean_of_their_weights(monkeypatch):
     weights = [torch.nn.Parameter(torch.full((2, 3), 1.0)), torch.nn.Parameter(torch.full((4,), 2.0))]
     other = torch.cat([torch.full((6,), 3.0), torch.full((4,), 6.0)])  # what the other process sends
-    monkeypatch.setattr(train.distributed, "all_reduce", lambda message: message.add_(other))
-    monkeypatch.setattr(train.distributed, "get_world_size", lambda: 2)
-    train.average(weights)
+    monkeypatch.setattr(loop.distributed, "all_reduce", lambda message: message.add_(other))
+    monkeypatch.setattr(loop.distributed, "get_world_size", lambda: 2)
+    loop.average(weights)
     assert (weights[0] == 2).all() and (weights[1] == 4).all()
 
 
@@ -161,7 +162,7 @@ def test_export_is_read_by_this_library_and_by_diffusers_alike(small, tmp_path, 
     with torch.no_grad():
         latents, context = torch.randn(1, 4, 16, 16, generator=generator), torch.randn(1, 77, 16, generator=generator)
         expected = oracle.unet_oracle(weights, train.DIFFUSION_CONFIG)(latents, torch.tensor([500]), context).sample
-        embedding = train.get_time_embedding(500, 16)
+        embedding = get_time_embedding(500, 16)
         torch.testing.assert_close(models["diffusion"](latents, context, embedding), expected, atol=1e-5, rtol=0)
         expected = oracle.vae_oracle(weights, train.ENCODER_CONFIG).decode(latents / 0.18215).sample
         torch.testing.assert_close(models["decoder"](latents), expected, atol=1e-5, rtol=0)

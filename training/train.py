@@ -15,33 +15,28 @@ was interrupted ends with the same weights as one that was not. Two processes sh
 """
 
 import argparse
-import contextlib
-import csv
 import json
 import os
 import random
 import sys
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from torch import distributed, nn
 from torch.nn import functional as F
-from tqdm import trange
 
 from clip import CLIP, CLIPConfig
-from ddpm import DDPMSampler
 from decoder import DecoderConfig, VAE_Decoder
-from diffusion import Diffusion, DiffusionConfig, get_time_embedding
+from diffusion import Diffusion, DiffusionConfig
 from encoder import LATENT_SCALE, EncoderConfig, VAE_Encoder
 from images import to_uint8
 from model_converter import to_standard_weights
 from model_loader import load_tokenizer, preload_models_from_standard_weights
 from pipeline import generate, tokenize
-from training import emoji, scenes
+from training import emoji, loop, scenes
+from training.loop import Settings, make_optimizer, save, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "training" / "runs"
@@ -53,21 +48,6 @@ ENCODER_CONFIG = EncoderConfig(channels=(32, 64, 96, 128), n_blocks=1, n_groups=
 DECODER_CONFIG = DecoderConfig(channels=(32, 64, 96, 128), n_blocks=2, n_groups=8)
 DIFFUSION_CONFIG = DiffusionConfig(channels=(64, 128, 160), attends=(False, True, True), n_blocks=1, n_heads=4,
                                    d_context=64, n_groups=16, sample_size=128)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a stage is trained: AdamW, a warm-up, a constant learning rate, and a decay to zero over the last part."""
-
-    steps: int
-    batch: int  # of each process
-    learning_rate: float
-    warmup: int = 100
-    decay: float = 0.4  # of the steps
-    ema: float = 0.999
-    weight_decay: float = 0.01
-    save_every: int = 200
-    report_every: int = 1000
 
 
 SETTINGS = {
@@ -228,7 +208,7 @@ class DiffusionStage:
         zero_residuals(diffusion)
         self.modules = nn.ModuleDict({"clip": clip, "diffusion": diffusion})
         self.tokenizer = load_tokenizer()
-        self.alphas_cumprod = torch.tensor(DDPMSampler(None).alphas_cumprod, dtype=torch.float32)
+        self.noise_loss = loop.NoiseLoss(DIFFUSION_CONFIG, snr_gamma=5)
         self.scenes, self.latents, self.vae = None, None, None  # read when they are needed
 
     def loss(self, step, batch, generator):
@@ -238,16 +218,7 @@ class DiffusionStage:
         rows = [rng.randrange(len(self.scenes)) for _ in range(batch)]
         captions = ["" if rng.random() < 0.1 else self.grammar.caption(rng, self.scenes[row]) for row in rows]
         context = self.modules["clip"](tokenize(captions, self.tokenizer))
-        latents = self.latents[rows].float()
-        timesteps = torch.randint(0, 1000, (batch,), generator=generator)
-        eps = torch.randn(latents.shape, generator=generator)
-        alpha_bar = self.alphas_cumprod[timesteps][:, None, None, None]
-        noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * eps
-        time_embedding = get_time_embedding(timesteps, DIFFUSION_CONFIG.channels[0])
-        predicted = self.modules["diffusion"](noisy, context, time_embedding)
-        snr = (alpha_bar / (1 - alpha_bar)).flatten()
-        weight = snr.clamp(max=5) / snr
-        return (weight * (predicted - eps).square().mean(dim=(1, 2, 3))).mean() / weight.mean()
+        return self.noise_loss(self.modules["diffusion"], self.latents[rows].float(), context, generator)
 
     def report(self):
         """A sheet of 40 held-out combinations."""
@@ -287,118 +258,7 @@ def zero_residuals(network):
 def train(name, settings, grammar, runs):
     """Runs one stage from where its checkpoint left off to settings.steps, and returns its modules with EMA weights."""
     torch.manual_seed(0)
-    rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-    stage = STAGES[name](grammar)
-    stage.modules.train()
-    weights = dict(stage.modules.named_parameters())
-    ema = {key: weight.detach().clone() for key, weight in weights.items()}
-    optimizer = make_optimizer(stage, settings)
-    runs.mkdir(parents=True, exist_ok=True)
-    path, start = runs / f"{name}.pt", 0
-    if path.exists():
-        state = torch.load(path)
-        stage.modules.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema, start = state["ema"], state["step"]
-    log = Log(runs / f"{name}.csv", start) if rank == 0 else None
-
-    progress = trange(start, settings.steps, initial=start, total=settings.steps, desc=name, unit="step",
-                      disable=rank > 0, mininterval=10)
-    for step in progress:
-        began = time.perf_counter()
-        generator = torch.Generator().manual_seed(step * processes + rank)
-        loss = stage.loss(step, settings.batch, generator)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, settings) * group["share"]
-        optimizer.step()
-        if processes > 1 and step % 8 == 7:
-            average(weights.values())
-        if rank > 0:
-            continue
-        decay = min(settings.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.values()), [weight.detach() for weight in weights.values()], 1 - decay)
-
-        samples = processes * settings.batch / (time.perf_counter() - began)
-        progress.set_postfix(loss=f"{loss.item():.4f}", samples=f"{samples:.0f}/s", refresh=False)
-        log.write(step, loss.item(), samples)
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-            save(path, {"step": step + 1, "weights": stage.modules.state_dict(), "ema": ema,
-                        "optimizer": optimizer.state_dict()})
-            log.flush()
-        if (step + 1) % settings.report_every == 0 or step + 1 == settings.steps:
-            report(stage, ema, f"{name} {step + 1}", runs / f"{name}-{step + 1:06}.png", progress)
-    stage.modules.load_state_dict(ema, strict=False)
-    return stage.modules.eval()
-
-
-@torch.no_grad()
-def average(weights):
-    """The mean over all processes, in one message: local SGD (1805.09767), in which no process waits at every step."""
-    weights = list(weights)
-    message = torch.cat([weight.flatten() for weight in weights])
-    distributed.all_reduce(message)
-    message /= distributed.get_world_size()
-    for weight, part in zip(weights, message.split([weight.numel() for weight in weights])):
-        weight.copy_(part.view_as(weight))
-
-
-def make_optimizer(stage, settings):
-    shares = getattr(stage, "learning_rates", {})
-    groups = [{"params": list(module.parameters()), "share": shares.get(name, 1.0)}
-              for name, module in stage.modules.items()]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=settings.weight_decay, fused=True)
-
-
-def learning_rate(step, settings):
-    warm = min(1.0, (step + 1) / settings.warmup)
-    left = (settings.steps - step) / (settings.decay * settings.steps)
-    return settings.learning_rate * warm * min(1.0, left)
-
-
-def report(stage, ema, title, path, progress):
-    """Prints what the stage says of itself with its EMA weights, and keeps its sheet of pictures."""
-    plain = {key: weight.clone() for key, weight in stage.modules.state_dict().items()}
-    stage.modules.load_state_dict(ema, strict=False)
-    with torch.no_grad(), contextlib.redirect_stderr(open(os.devnull, "w")):
-        text, picture = stage.report()
-    stage.modules.load_state_dict(plain)
-    progress.write(f"{title}: {text}")
-    if picture:
-        picture.save(path)
-
-
-class Log:
-    """A CSV file with a row a step; rows beyond the checkpoint that a run goes on from are dropped."""
-
-    def __init__(self, path, start):
-        rows = list(csv.reader(open(path)))[1:] if path.exists() else []
-        rows = [row for row in rows if int(row[0]) < start]
-        self.file = open(path, "w", newline="")
-        self.writer = csv.writer(self.file)
-        self.writer.writerows([["step", "loss", "samples_per_second"], *rows])
-        self.flush()  # or a kill before the next checkpoint would lose them
-
-    def write(self, step, loss, samples):
-        self.writer.writerow([step, f"{loss:.5f}", f"{samples:.1f}"])
-
-    def flush(self):
-        self.file.flush()
-
-
-def save(path, state):
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def sheet(images, columns):
-    """(n, h, w, 3) uint8 pictures as one, row by row."""
-    n, h, w, _ = images.shape
-    rows = images.reshape(n // columns, columns, h, w, 3)
-    return Image.fromarray(rows.transpose(0, 2, 1, 3, 4).reshape(-1, columns * w, 3))
+    return loop.train(name, STAGES[name](grammar), settings, runs)
 
 
 # ---- the result
