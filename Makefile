@@ -32,7 +32,7 @@ notebook: .venv/ready-notebook
 	.venv/bin/python -m notebook demo.ipynb
 
 test: .venv/ready-dev
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/ready-dev
 	.venv/bin/python -m ruff check .

@@ -1,13 +1,16 @@
 """The judge of the embedded model, on pictures whose verdict is known."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from test_scenes import drawings, grammar  # noqa: F401  (fixtures)
 
-from training import evaluate, scenes
+from training import evaluate, loop, scenes
+from training import judge as judging
+from training import probe as probing
 
 
 @pytest.fixture
@@ -64,3 +67,42 @@ def test_a_sheet_has_every_picture_and_is_written_whole(tmp_path, monkeypatch):
     sheet = np.asarray(evaluate.Image.open(tmp_path / "sheet.jpg"))
     assert sheet.shape == (300, 232, 3) and (sheet[50, 50] < 20).all() and (sheet[200, 50] < 20).all()
     assert (sheet[200, 170] > 235).all() and [path.name for path in tmp_path.iterdir()] == ["sheet.jpg"]
+
+
+def test_the_classifier_learns_to_see(grammar, monkeypatch, tmp_path):  # noqa: F811
+    """On two dozen scenes, by heart: chance is 1/3, 1/12 and 1/13."""
+    monkeypatch.setattr(judging, "N_SCENES", 24)
+    stage = judging.JudgeStage(grammar)
+    torch.manual_seed(0)
+    settings = loop.Settings(steps=40, batch=8, learning_rate=1e-3, ema=0.9, report_every=1000)
+    monkeypatch.setattr(loop, "report", lambda *arguments: None)
+    loop.train("judge", stage, settings, tmp_path)
+    logits = stage.modules["judge"](judging.to_images(stage.pictures))
+    right = {name: (logits[name].argmax(dim=1) == stage.answers[name]).float().mean() for name in logits}
+    assert right["thing"] > 0.8 and right["layout"] > 0.4 and right["colour"] > 0.4
+
+
+def test_pairs_are_looked_at_one_by_one(grammar):  # noqa: F811
+    """A classifier that names a patch's hue stands in: red left of blue, and blue above red."""
+    def judge(images):
+        red = images[:, 0].mean(dim=(1, 2)) - images[:, 2].mean(dim=(1, 2))
+        return {"thing": torch.stack([8 * red, -8 * red], dim=1)}
+
+    picture = np.full((2, 128, 128, 3), 255, dtype=np.uint8)
+    picture[0, 40:88, 10:58], picture[0, 40:88, 70:118] = (255, 0, 0), (0, 0, 255)
+    picture[1, 10:58, 40:88], picture[1, 70:118, 40:88] = (0, 0, 255), (255, 0, 0)
+    assert judging.see(judge, grammar, "pair", picture) == [(0, 1, "across"), (1, 0, "down")]
+
+
+def test_probes_read_what_is_there_and_no_more(grammar, tokenizer, monkeypatch):  # noqa: F811
+    """From a context of random vectors, one a word, all can be read; from one that is the same for all, nothing."""
+    monkeypatch.setattr(probing, "N_FITTED", 600)
+    monkeypatch.setattr(probing, "N_TRIED", 12)
+    drawn = [thing.drawing for thing in grammar.world]
+    world = [replace(thing, drawing=drawn[k % 2]) for k, thing in enumerate(scenes.read_world())]
+    grammar = scenes.Grammar(grammar.drawings, world)
+    vectors = torch.randn((49408, 48), generator=torch.Generator().manual_seed(0))
+    told = probing.probe(grammar, lambda tokens: vectors[tokens], tokenizer)
+    assert min(told["colour"], told["count"], told["position"]) > 0.6
+    told = probing.probe(grammar, lambda tokens: torch.ones(*tokens.shape, 48), tokenizer)
+    assert max(told.values()) < 0.7

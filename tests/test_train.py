@@ -15,7 +15,7 @@ import oracle
 from diffusion import get_time_embedding
 from model_converter import to_standard_weights
 from pipeline import generate
-from training import loop, store, train
+from training import judge, loop, store, train
 
 
 @pytest.fixture
@@ -56,10 +56,11 @@ def train_all(grammar):  # noqa: F811
     train.train("decoder", SETTINGS, grammar, train.RUNS)
 
 
-@pytest.mark.parametrize("name", ["vae", "diffusion", "decoder"])
+@pytest.mark.parametrize("name", ["vae", "diffusion", "decoder", "judge"])
 def test_training_lowers_the_loss_on_one_batch(small, name, monkeypatch):
     quiet(monkeypatch)
-    if name != "vae":
+    monkeypatch.setattr(judge, "N_SCENES", 8)
+    if name in ("diffusion", "decoder"):
         train.train("vae", SETTINGS, small, train.RUNS)
         fill_store(small)
     torch.manual_seed(0)

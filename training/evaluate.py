@@ -1,5 +1,6 @@
 """How good is the embedded model? Deterministic: fixed prompts, fixed seeds, float32.
 
+    python -m training.train judge        # the second judge, once
     python -m training.evaluate [--checkpoint data/emoji.safetensors] [--prompts 24]
 
 Writes training/results/evaluation.md and sheets of pictures beside it. A picture is judged by the real rendering that
@@ -11,7 +12,8 @@ is nearest to it (L2), among those of *all* combinations of its kind, so that ch
 - `pair`: left and right, or top and bottom, are each nearest to one of all things; the split that fits better counts.
 - `background`: every thing in every style, on every plain colour and in every place.
 
-Intervals are Wilson's, 95%.
+Beside it stands what a classifier sees that was trained on real renderings alone (`judge.py`), and what it sees in the
+real renderings of the same scenes: no model can be judged better than that. Intervals are Wilson's, 95%.
 """
 
 import argparse
@@ -31,7 +33,9 @@ from tqdm import tqdm
 import model_loader
 from pipeline import generate
 from training import scenes
-from training.train import MODEL, ROOT, draw_scenes, load_grammar
+from training.judge import see, to_images
+from training.probe import probe
+from training.train import MODEL, ROOT, STORE, draw_scenes, load_grammar, load_stage, read_store
 
 RESULTS = ROOT / "training" / "results"
 STEPS, BATCH = 15, 20
@@ -158,49 +162,66 @@ def held_out_scenes(grammar, kind, n):
     return list(found)[:n]
 
 
-def table_row(name, hits):
+def table_row(name, hits, *shares):
+    """hits: booleans, a prompt each; shares: of other judges, for columns of their own"""
     low, high = wilson(sum(hits), len(hits))
-    return f"| {name} | {len(hits)} | {np.mean(hits):.0%} | {low:.0%} to {high:.0%} |"
+    return (f"| {name} | {len(hits)} | {np.mean(hits):.0%} | {low:.0%} to {high:.0%} |"
+            + "".join(f" {np.mean(share):.0%} |" for share in shares))
+
+
+def questions(kind):
+    """What is asked of the pictures of a kind: {row of the table: function of (what is seen, what is right)}."""
+    if kind == "pair":
+        return {"pair, both things, in any order": lambda seen, right: sorted(seen[:2]) == sorted(right[:2]),
+                "pair, each in its place": lambda seen, right: seen == right}
+    return {f"thing × {kind}, the thing": lambda seen, right: seen[0] == right[0],
+            f"thing × {kind}, both": lambda seen, right: seen == right}
+
+
+HEAD = "| prompts | right | 95% interval | by the classifier | real renderings, by the classifier |"
 
 
 def evaluate(models, tokenizer, grammar, n, cfg_scale):
     """Returns the Markdown of all tables."""
-    judge, rng = Judge(grammar), random.Random(0)
-    lines = ["| held-out combinations | prompts | right | 95% interval |", "|---|---|---|---|"]
-    wordings = ["| the same in held-out wordings | prompts | right | 95% interval |", "|---|---|---|---|"]
-    shown = []
+    nearest, classifier, rng = Judge(grammar), load_stage("judge", grammar)["judge"], random.Random(0)
+    lines = [f"| held-out combinations {HEAD}", "|---|---|---|---|---|---|"]
+    wordings = [f"| the same in held-out wordings {HEAD}", "|---|---|---|---|---|---|"]
+    shown, drawn = [], []
     for kind in KINDS:
         chosen = held_out_scenes(grammar, kind, n)
         right = [answer(kind, scene) for scene in chosen]
+        real = see(classifier, grammar, kind, np.stack([grammar.draw(rng, scene) for scene in chosen]))
         for table, wording in ((lines, scenes.TRAINED), (wordings, scenes.HELD_OUT)):
             prompts = [grammar.caption(rng, scene, wording) for scene in chosen]
             pictures = draw(prompts, models, tokenizer, cfg_scale)
-            seen = judge.see(kind, pictures)
-            if kind == "pair":
-                table.append(table_row("pair, both things, in any order",
-                                       [sorted(a[:2]) == sorted(b[:2]) for a, b in zip(seen, right)]))
-                table.append(table_row("pair, each in its place", [a == b for a, b in zip(seen, right)]))
-            else:
-                table.append(table_row(f"thing × {kind}, the thing", [a[0] == b[0] for a, b in zip(seen, right)]))
-                table.append(table_row(f"thing × {kind}, both", [a == b for a, b in zip(seen, right)]))
+            judges = [nearest.see(kind, pictures), see(classifier, grammar, kind, pictures), real]
+            for row, is_right in questions(kind).items():
+                table.append(table_row(row, *([is_right(a, b) for a, b in zip(seen, right)] for seen in judges)))
             if wording == scenes.TRAINED:
                 shown += list(zip(pictures, prompts))[:12]
+                drawn.append(pictures)
     save_sheet("held-out.jpg", shown, 12)
 
     plain_scenes = [scenes.Scene((thing,), (None,)) for thing in range(len(grammar.world))]
     prompts = [f"{scenes.article(t.singular) if t.plural else ''}{t.singular}" for t in grammar.world]
     pictures = draw(prompts, models, tokenizer, cfg_scale)
-    seen = judge.nearest("thing", cut(pictures))[0]
-    lines.append(table_row("every thing, plain", [a == s.things for a, s in zip(seen, plain_scenes)]))
+    seen = nearest.nearest("thing", cut(pictures))[0]
+    real = np.stack([grammar.draw(rng, scene) for scene in plain_scenes])
+    classified = [[a == s.things[0] for (a, _), s in zip(see(classifier, grammar, "position", found), plain_scenes)]
+                  for found in (pictures, real)]
+    lines.append(table_row("every thing, plain", [a == s.things for a, s in zip(seen, plain_scenes)], *classified))
     save_sheet("things.jpg", list(zip(pictures, prompts)), 14)
-    lines.append(style_row(models, tokenizer, grammar, judge, cfg_scale))
+    lines.append(style_row(models, tokenizer, grammar, cfg_scale))
 
     newcomers = scenes.NEWCOMERS.read_text().splitlines()
     save_sheet("newcomers.jpg", list(zip(draw(newcomers, models, tokenizer, cfg_scale), newcomers)), 10)
-    return "\n".join([*lines, "", *wordings, "", *more(models, tokenizer, grammar, judge, cfg_scale, n)])
+    told = ", ".join(f"{name} {share:.1%}" for name, share in probe(grammar, models["clip"], tokenizer).items())
+    return "\n".join([*lines, "", *wordings, "", *more(models, tokenizer, grammar, nearest, cfg_scale, n), "",
+                      from_training(np.concatenate(drawn), models, grammar), "",
+                      f"Read out of the context by linear probes, on held-out combinations: {told}."])
 
 
-def style_row(models, tokenizer, grammar, judge, cfg_scale):
+def style_row(models, tokenizer, grammar, cfg_scale):
     """Drawings that no step has seen, by their style's name: is the nearest of all drawings the right one?"""
     pairs = [(thing, style) for thing, styles in enumerate(grammar.all_styles)
              for style in styles if style not in grammar.styles[thing]]
@@ -211,7 +232,20 @@ def style_row(models, tokenizer, grammar, judge, cfg_scale):
     known = [(t, s) for t, styles in enumerate(grammar.all_styles) for s in styles]
     features = cut(np.stack([grammar.draw(rng, scenes.Scene((t,), (None,), style=s)) for t, s in known]))
     nearest = torch.cdist(cut(pictures), features).argmin(dim=1).tolist()
-    return table_row("held-out style of a known thing", [known[k] == pair for k, pair in zip(nearest, pairs)])
+    return table_row("held-out style of a known thing", [known[k] == pair for k, pair in zip(nearest, pairs)]) + " | |"
+
+
+def from_training(pictures, models, grammar):
+    """A line on how far pictures are from the nearest of the scenes that were trained on."""
+    stored = read_store(STORE)[1].float().flatten(1)
+    rng = random.Random(-4)
+    fresh = np.stack([grammar.draw(rng, grammar.scene(rng)) for _ in range(len(pictures))])
+    far = [torch.cdist(torch.cat([models["encoder"](part, torch.zeros(len(part), 4, 16, 16)).flatten(1)
+                                  for part in to_images(torch.tensor(found)).split(BATCH)]), stored).min(dim=1).values
+           for found in (pictures, fresh)]
+    return (f"Copies: the {len(pictures)} pictures of held-out combinations are {far[0].mean():.1f} from the nearest "
+            f"of {len(stored)} trained scenes on average, at least {far[0].min():.1f} (L2 of latents); fresh real "
+            f"scenes {far[1].mean():.1f}, at least {far[1].min():.1f}.")
 
 
 def more(models, tokenizer, grammar, judge, cfg_scale, n):
@@ -294,13 +328,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=MODEL)
     parser.add_argument("--prompts", type=int, default=24, help="of each kind of held-out combination")
-    parser.add_argument("--cfg-scale", type=float, default=3.0)
+    parser.add_argument("--cfg-scale", type=float, help="(the model's own)")
     arguments = parser.parse_args()
     models = model_loader.preload_models_from_standard_weights(arguments.checkpoint, "cpu", "float32")
-    tables = evaluate(models, model_loader.load_tokenizer(), load_grammar(), arguments.prompts, arguments.cfg_scale)
+    cfg_scale = models["diffusion"].config.cfg_scale if arguments.cfg_scale is None else arguments.cfg_scale
+    tables = evaluate(models, model_loader.load_tokenizer(), load_grammar(), arguments.prompts, cfg_scale)
     text = (f"# `{arguments.checkpoint.name}`, {arguments.checkpoint.stat().st_size / 1e6:.1f} MB\n\n"
             f"By `python -m training.evaluate`: dpmpp_2m, {STEPS} steps, seeds from 0, cfg_scale "
-            f"{arguments.cfg_scale:g} where none is named.\nHow a picture is judged stands at the top of "
+            f"{cfg_scale:g} where none is named.\nHow a picture is judged stands at the top of "
             f"`training/evaluate.py`.\n\n{tables}\n")
     write("evaluation.md", lambda path: path.write_text(text))
     print(text)

@@ -6,6 +6,7 @@
     python -m training.store 0 80         # 80 x 250 scenes as latents; several processes may share the numbers
     python -m training.train diffusion    # the UNet and the text encoder together, on the store
     python -m training.train decoder      # the decoder alone, on slightly noisy latents; the store stays valid
+    python -m training.train judge        # a classifier of scenes, for training/evaluate.py
     python -m training.train export       # data/emoji.safetensors, in the layout of SD 1.x
 
 Everything a stage needs to go on lies in training/runs/STAGE.pt, written now and then: kill it at any moment and run
@@ -36,6 +37,7 @@ from model_converter import to_standard_weights
 from model_loader import load_tokenizer, preload_models_from_standard_weights
 from pipeline import generate, tokenize
 from training import emoji, loop, scenes
+from training.judge import JudgeStage
 from training.loop import Settings, make_optimizer, save, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +55,8 @@ DIFFUSION_CONFIG = DiffusionConfig(channels=(64, 128, 160), attends=(False, True
 SETTINGS = {
     "vae": Settings(steps=1200, batch=8, learning_rate=5e-4, decay=0.6, ema=0.99, report_every=400),
     "diffusion": Settings(steps=2150, batch=16, learning_rate=7e-4, ema=0.998, save_every=48),
-    "decoder": Settings(steps=280, batch=8, learning_rate=4e-4, warmup=20, decay=0.7, ema=0.98, save_every=20),
+    "decoder": Settings(steps=1200, batch=8, learning_rate=4e-4, warmup=20, decay=0.7, ema=0.98, save_every=20),
+    "judge": Settings(steps=1500, batch=64, learning_rate=1e-3, ema=0.99, report_every=500),
 }
 N_STATISTICS = 256  # scenes from which the scale of latents is taken
 
@@ -78,7 +81,8 @@ class VaeStage:
         """Parts of scenes (batch, 3, 64, 64), and now and then whole ones, for the statistics of the group norms."""
         rng = random.Random(step)
         if step % 4 == 3:
-            return draw_scenes(self.grammar, rng, batch // 4)
+            plain = torch.tensor(rng.choice(list(emoji.COLOURS.values())))[:, None, None] / 127.5 - 1
+            return torch.cat([draw_scenes(self.grammar, rng, max(batch // 4 - 1, 1)), plain.expand(1, 3, 128, 128)])
         images = draw_scenes(self.grammar, rng, batch)
         if rng.random() < 0.5:  # plain areas of any colour teach the latents all three colour axes
             images = (images * rng.uniform(0.5, 1) + 2 * torch.rand(batch, 3, 1, 1) - 1).clamp(-1, 1)
@@ -241,7 +245,7 @@ def read_store(folder):
     return [scene for shard in shards for scene in shard["scenes"]], torch.cat([shard["latents"] for shard in shards])
 
 
-STAGES = {"vae": VaeStage, "diffusion": DiffusionStage, "decoder": DecoderStage}
+STAGES = {"vae": VaeStage, "diffusion": DiffusionStage, "decoder": DecoderStage, "judge": JudgeStage}
 
 
 def zero_residuals(network):
