@@ -20,12 +20,14 @@ from cpu.attention import onednn_computes
 from cpu.threads import use_one_thread
 from diffusers_folder import save_weights, write_folder
 from model_converter import NETWORKS, read_networks, to_diffusers_weights, to_standard_weights
+from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent
 TOKENIZER = "vocab.json", "merges.txt"
 N_VOCAB = 49408  # tokens that CLIP was trained with
 VOCAB_SHA256 = "34e72cb97f090e096b8b1f879a911f9c2d809252d3a7c8f7fa77f786147420d3"
 MERGES_SHA256 = "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
+FILES_SHA256 = "a2431b136ccde4adb3fbea2fe38f71898fb8e995102d917f3dc46d00c8ddfa10"  # of both as in data/
 CHECKED = weakref.WeakKeyDictionary()  # tokenizers that `check_tokenizer` has found right
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -261,23 +263,26 @@ def default_models(device):
 @once
 def default_tokenizer():
     """Returns the tokenizer in data/, loaded once a process."""
-    return load_tokenizer()
+    return load_tokenizer(with_transformers=False)
 
 
-def load_tokenizer(folder="data"):
+def load_tokenizer(folder="data", with_transformers: bool = True):
     """CLIP's byte-pair tokenizer, a `transformers.CLIPTokenizer`, from vocab.json and merges.txt (or vocab and merges)
     in `folder`, which is an absolute path or one relative to the repository.
 
     `tokenizer(prompts, padding="max_length", max_length=77, truncation=True)["input_ids"]` are the lists of ids that
-    the text encoder takes. Raises FileNotFoundError if the two files are not there, ValueError if they were cut off or
-    edited.
+    the text encoder takes. Without transformers, whose import takes longer than a picture, it is a
+    `tokenizer.Tokenizer`: the same ids, and no more than drawing needs. Raises FileNotFoundError if the two files are
+    not there, ValueError if they were cut off or edited.
     """
-    from transformers import CLIPTokenizerFast  # slow to import
-
     folder = ROOT / folder
     for vocab, merges in [TOKENIZER, ("vocab", "merges")]:
         if (folder / vocab).is_file() and (folder / merges).is_file():
             check_tokenizer_files(folder / vocab, folder / merges)
+            if not with_transformers:
+                return Tokenizer(folder / vocab, folder / merges)
+            from transformers import CLIPTokenizerFast  # slow to import
+
             # By position, as the keywords of transformers 4 (vocab_file, merges_file) are swallowed unread by 5, which
             # then has a vocabulary of two tokens. Fast, as that is what 5 made the only one: the slow one of 4 splits
             # Chinese and Japanese otherwise, and changes with whether ftfy is installed.
@@ -289,6 +294,8 @@ def load_tokenizer(folder="data"):
 def check_tokenizer_files(vocab, merges):
     """Raises ValueError unless the two files say what CLIP's do, however they are written; the vocabulary may have more
     tokens after CLIP's."""
+    if hashlib.sha256(vocab.read_bytes() + merges.read_bytes()).hexdigest() == FILES_SHA256:
+        return  # which takes a fiftieth of what follows
     try:
         ids = json.loads(vocab.read_text("utf-8"))
         tokens = sorted((number, token) for token, number in ids.items() if number < N_VOCAB)
@@ -307,7 +314,7 @@ def check_tokenizer(tokenizer, vocab_size: int) -> None:
     """Raises ValueError unless `tokenizer` is the one that CLIP was trained with, or that one and more tokens.
 
     Args:
-        tokenizer: a `transformers` tokenizer; it is not changed.
+        tokenizer: a `transformers` tokenizer or a `tokenizer.Tokenizer`; it is not changed.
         vocab_size: the number of rows of the text encoder's token embedding: 49408 in SD 1.x, of which the last two are
             <|startoftext|> and <|endoftext|>, or more where tokens were added after these.
     """
@@ -320,7 +327,7 @@ def check_tokenizer(tokenizer, vocab_size: int) -> None:
     # The last of CLIP's merges makes the word jekyll, so this sees a cut off merges file too. Without the tokenizer's
     # own padding and truncation, which would stay set, for other threads, too.
     expected = [n_trained - 2, n_trained - 3, n_trained - 1, n_trained - 1]
-    ids = tokenizer("jekyll")["input_ids"] + [tokenizer.pad_token_id]
+    ids = tokenizer("jekyll").input_ids + [tokenizer.pad_token_id]
     if ids != expected:
         raise ValueError(f"the tokenizer turns 'jekyll' into {ids}, the text encoder expects {expected} "
                          f"(<|startoftext|>, the word, <|endoftext|>, and that again as padding): {fix}")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -130,9 +131,51 @@ def test_missing_files(tmp_path, present):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_importing_the_loader_does_not_import_transformers():
-    code = "import sys, model_loader; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def test_a_picture_is_drawn_without_importing_transformers():
+    code = ("import sys; from pipeline import generate; generate('a red apple', n_inference_steps=1, progress=False);"
+            "slow = {'transformers', 'torch._dynamo', 'torch._inductor'} & set(sys.modules); sys.exit(str(slow or 0))")
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stderr.strip() == "0"
+
+
+@pytest.fixture(scope="module")
+def light():
+    return load_tokenizer(with_transformers=False)
+
+
+def test_the_light_tokenizer_has_the_parts_of_transformers(tokenizer, light):
+    ours, theirs = (json.loads(backend.to_str()) for backend in (light.backend, tokenizer.backend_tokenizer))
+    for part in ("added_tokens", "normalizer", "pre_tokenizer", "model", "post_processor", "decoder"):
+        assert ours[part] == theirs[part]
+    assert len(light) == len(tokenizer) == 49408
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(light, name) == getattr(tokenizer, name)
+
+
+def test_the_light_tokenizer_gives_the_same_ids_and_texts(tokenizer, light, original):
+    ranges = [(0x20, 0x250), (0x370, 0x600), (0x2000, 0x2100), (0x1F300, 0x1F400)]
+    alphabet = [chr(n) for bounds in ranges for n in range(*bounds)]
+    draw = random.Random(0)
+    prompts = [*original, *("".join(draw.choices(alphabet, k=40)) for _ in range(200)), "cat " * 200]
+    for special in (True, False):
+        ids = light(prompts, add_special_tokens=special, verbose=False).input_ids
+        assert ids == tokenizer(prompts, add_special_tokens=special, verbose=False).input_ids
+    assert [light.decode(row) for row in ids] == tokenizer.batch_decode(ids)
+    assert light("a cat").input_ids == tokenizer("a cat").input_ids
+    check_tokenizer(light, 49408)
+
+
+def test_the_light_tokenizer_takes_no_cut_off_files(tmp_path):
+    shutil.copy(VOCAB, tmp_path / "vocab.json")
+    (tmp_path / "merges.txt").write_text("".join(Path(MERGES).read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ValueError, match="cut off or edited"):
+        load_tokenizer(tmp_path, with_transformers=False)
+
+
+def test_files_with_other_line_ends_are_the_same(tmp_path, light):
+    for path, name in [(VOCAB, "vocab.json"), (MERGES, "merges.txt")]:
+        (tmp_path / name).write_bytes(Path(path).read_bytes().replace(b"\n", b"\r\n"))
+    assert load_tokenizer(tmp_path, with_transformers=False)("a red apple").input_ids == light("a red apple").input_ids
 
 
 def two_tokens(folder):
