@@ -4,6 +4,7 @@
 """
 
 import argparse
+import gc
 import hashlib
 import math
 import secrets
@@ -150,6 +151,7 @@ def tell_words(arguments):
 
 def draw(arguments):
     """Draws `--count` pictures, and writes each to a file of its own."""
+    gc.disable()  # imports and networks are made to stay; to look for garbage among them takes a tenth of a short run
     import model_loader
     from pipeline import tell_unknown_words
 
@@ -159,6 +161,8 @@ def draw(arguments):
         checkpoint = arguments.checkpoint or model_loader.find_checkpoint()
         device = arguments.device or model_loader.best_device()
         models, embeddings = load(checkpoint, device, settings["dtype"], arguments, settings)
+        gc.freeze()
+        gc.enable()
         config = models["diffusion"].config
         if settings["cfg_scale"] is None:
             settings["cfg_scale"] = config.cfg_scale
