@@ -61,7 +61,7 @@ def parse_arguments():
     add = parser.add_argument_group("how to draw").add_argument
     add("--steps", type=int, dest="n_inference_steps", help="denoising steps, 1 to 1000 (50)")
     add("--sampler", dest="sampler_name",
-        help="ddpm, ddim, plms, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde or lcm (ddpm)")
+        help="ddpm, ddim, ddim_trailing, plms, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde, lcm or tcd (ddpm)")
     add("--schedule", choices=["karras"], help="noise levels as Karras et al. space them, for euler to dpmpp_2m_sde")
     add("--cfg-scale", type=float, help="guidance scale: how closely to follow the prompt (the checkpoint's own, 7.5)")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),

@@ -71,6 +71,18 @@ class DDIMSampler(DDPMSampler):
         return coefficients
 
 
+class DDIMTrailingSampler(DDIMSampler):
+    """DDIM from the last trained timestep on, for models made for few steps of it, with cfg_scale 1.
+
+    Hyper-SD's LoRAs for 2, 4 and 8 steps (arXiv 2404.13686) are. Four steps are at 999, 749, 499 and 249.
+    """
+
+    name, label = "ddim_trailing", "DDIM trailing"
+
+    def __init__(self, generator: Generators = None, *, timestep_spacing: str = "trailing", **settings):
+        super().__init__(generator, timestep_spacing=timestep_spacing, **settings)
+
+
 class PLMSSampler(DDPMSampler):
     """PLMS, the method that SD 1.5 was published with (Liu et al. 2022, PNDM, arXiv 2202.09778).
 
@@ -364,7 +376,8 @@ class LCMSampler(DDPMSampler):
     def get_schedule(self) -> Schedule:
         n, original = self.num_inference_steps, self.original_inference_steps
         if n > original:
-            raise ValueError(f"num_inference_steps is {n}: LCM takes 1 to {original} (original_inference_steps)")
+            raise ValueError(f"num_inference_steps is {n}: {self.label} takes 1 to {original} "
+                             f"(original_inference_steps)")
         picked = np.floor(np.linspace(0, original, n, endpoint=False)).astype(int)
         timesteps = np.arange(original, 0, -1)[picked] * (self.num_training_steps // original) - 1
         return timesteps.tolist(), self.alphas_cumprod[timesteps].tolist() + [1.0]
@@ -379,6 +392,44 @@ class LCMSampler(DDPMSampler):
             c_x = c_skip + c_out / sqrt(alpha_bar)
             c_eps = -c_out * sqrt((1 - alpha_bar) / alpha_bar)
             coefficients.append((sqrt(alpha_bar_prev) * c_x, sqrt(alpha_bar_prev) * c_eps, sqrt(1 - alpha_bar_prev)))
+        return coefficients
+
+
+class TCDSampler(LCMSampler):
+    """Strategic stochastic sampling of trajectory consistency distillation (Zheng et al. 2024, arXiv 2402.19159,
+    algorithm 4), for models made for it, with cfg_scale 1.
+
+    Each step jumps to a level s below the next one, as DDIM does, and from there back up to it with fresh noise. The
+    last one ends at the first trained level, as in diffusers.
+
+    Args:
+        generator: as for DDPMSampler.
+        eta: the paper's γ: s = (1 - eta) t_next. 0 adds no noise, 1 jumps to the lowest level; more steps want more.
+        original_inference_steps, **schedule: as for LCMSampler.
+
+    Raises:
+        ValueError: eta or original_inference_steps is out of range.
+    """
+
+    name, label = "tcd", "TCD"
+
+    def __init__(self, generator: Generators = None, *, eta: float = 0.3, original_inference_steps: int = 50,
+                 **schedule):
+        super().__init__(generator, original_inference_steps=original_inference_steps, **schedule)
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta!r}: give a number from 0 (no noise) to 1 (the most)")
+        self.eta = eta
+
+    def get_coefficients(self) -> list[tuple]:
+        """(c_x, c_eps, c_noise): DDIM's step to ᾱ_s, times sqrt(ᾱ_next / ᾱ_s), and noise that makes up for it."""
+        coefficients = []
+        for t, t_next in pairwise([*self.timesteps, 0]):
+            alpha_bar, alpha_bar_next, alpha_bar_s = (
+                float(self.alphas_cumprod[i]) for i in (t, t_next, int((1 - self.eta) * t_next)))
+            c_x = sqrt(alpha_bar_s / alpha_bar)
+            c_eps = sqrt(1 - alpha_bar_s) - c_x * sqrt(1 - alpha_bar)
+            back = sqrt(alpha_bar_next / alpha_bar_s)
+            coefficients.append((back * c_x, back * c_eps, sqrt(1 - alpha_bar_next / alpha_bar_s)))
         return coefficients
 
 
@@ -410,5 +461,5 @@ def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
 
 
 SAMPLERS = {sampler.name: sampler for sampler in (
-    DDPMSampler, DDIMSampler, PLMSSampler, EulerSampler, EulerAncestralSampler, HeunSampler, LMSSampler, DPMpp2MSampler,
-    DPMpp2MSDESampler, LCMSampler)}
+    DDPMSampler, DDIMSampler, DDIMTrailingSampler, PLMSSampler, EulerSampler, EulerAncestralSampler, HeunSampler,
+    LMSSampler, DPMpp2MSampler, DPMpp2MSDESampler, LCMSampler, TCDSampler)}

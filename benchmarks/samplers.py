@@ -4,8 +4,8 @@
 
 Writes benchmarks/results/samplers.png and samplers.md. Each picture starts from the same noise. The distance is the
 root mean square difference, in grey levels of 255, to the picture of the same sampler at 200 steps. Samplers that draw
-noise on the way (ddpm, euler_a, dpmpp_2m_sde, lcm) draw another picture with more steps, so their distance need not
-fall.
+noise on the way (ddpm, euler_a, dpmpp_2m_sde, lcm, tcd) draw another picture with more steps, so their distance need
+not fall.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def draw_all(models, tokenizer, prompt, cfg_scale, seed):
     """Returns {sampler: {steps: uint8 picture}}; LCM knows 50 steps at most, and is its own limit there."""
     pictures = {}
     for name in tqdm(SAMPLERS, desc="samplers"):
-        limit = 50 if name == "lcm" else LIMIT
+        limit = 50 if name in ("lcm", "tcd") else LIMIT
         settings = dict(models=models, tokenizer=tokenizer, sampler_name=name, cfg_scale=cfg_scale, seed=seed)
         pictures[name] = {steps: generate(prompt, n_inference_steps=steps, **settings) for steps in [*STEPS, limit]}
     return pictures
@@ -69,7 +69,8 @@ def main():
     models = model_loader.preload_models_from_standard_weights(checkpoint, model_loader.best_device(), "float32")
     pictures = draw_all(models, model_loader.load_tokenizer(), arguments.prompt, arguments.cfg_scale, arguments.seed)
     text = (f"`{Path(checkpoint).name}`, “{arguments.prompt}”, guidance {arguments.cfg_scale}, seed {arguments.seed}, "
-            f"float32; distance to {LIMIT} steps of the same sampler (50 for lcm), in grey levels\n\n{table(pictures)}")
+            f"float32; distance to {LIMIT} steps of the same sampler (50 for lcm and tcd), in grey "
+            f"levels\n\n{table(pictures)}")
     measure.replace("samplers.png", lambda path: contact_sheet(pictures).save(path, format="PNG"))
     measure.write("samplers.md", text)
 

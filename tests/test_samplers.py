@@ -17,6 +17,7 @@ SD15 = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_s
 REFERENCES = {
     "ddpm": (diffusers.DDPMScheduler, dict(clip_sample=False)),
     "ddim": (diffusers.DDIMScheduler, dict(clip_sample=False, set_alpha_to_one=False)),
+    "ddim_trailing": (diffusers.DDIMScheduler, dict(clip_sample=False, set_alpha_to_one=False)),
     "plms": (diffusers.PNDMScheduler, dict(skip_prk_steps=True, set_alpha_to_one=False)),
     "euler": (diffusers.EulerDiscreteScheduler, {}),
     "euler_a": (diffusers.EulerAncestralDiscreteScheduler, {}),
@@ -25,9 +26,10 @@ REFERENCES = {
     "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, dict(algorithm_type="dpmsolver++", solver_order=2)),
     "dpmpp_2m_sde": (diffusers.DPMSolverMultistepScheduler, dict(algorithm_type="sde-dpmsolver++", solver_order=2)),
     "lcm": (diffusers.LCMScheduler, {}),
+    "tcd": (diffusers.TCDScheduler, {}),
 }
 SIGMA_SCALE = ("euler", "euler_a", "heun", "lms")               # whose diffusers latents are x_0 + σ ε
-STOCHASTIC = ("ddpm", "ddim", "euler_a", "dpmpp_2m_sde", "lcm")
+STOCHASTIC = ("ddpm", "ddim", "ddim_trailing", "euler_a", "dpmpp_2m_sde", "lcm", "tcd")
 IN_ORDER = ("plms", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde")
 SPACINGS = ("leading", "trailing", "linspace")
 SHAPE = (2, 4, 3, 5)
@@ -187,6 +189,44 @@ def test_lcm_takes_its_own_number_of_distilled_steps():
     assert (ours[-1] - expected[-1]).abs().max() <= 1e-5 * expected[-1].abs().max()
 
 
+@pytest.mark.parametrize("eta", (0.0, 0.6, 1.0))
+def test_tcd_with_eta_is_that_of_diffusers(eta):
+    for n in (1, 4, 8, 50):
+        for strength in (None, 0.5):
+            if int(n * (strength or 1.0)) > 0:
+                compare("tcd", n, strength, eta=eta)
+
+
+def test_tcd_without_noise_is_ddim_to_the_first_trained_level():
+    tcd = make("tcd", eta=0.0)
+    tcd.set_inference_timesteps(50)
+    assert tcd.timesteps == list(range(999, 0, -20))
+    ddim = make("ddim", timestep_spacing="trailing")
+    ddim.set_inference_timesteps(50)
+    for ours, theirs in zip(tcd.coefficients, ddim.coefficients, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_tcd_takes_its_own_number_of_distilled_steps():
+    scheduler = diffusers.TCDScheduler(**SD15, original_inference_steps=100)
+    expected, timesteps = sample_reference("tcd", scheduler, seeded(1), 8)
+    sampler = make("tcd", seeded(1), original_inference_steps=100)
+    ours = sample(sampler, 8)
+    assert sampler.timesteps == timesteps
+    assert (ours[-1] - expected[-1]).abs().max() <= 1e-5 * expected[-1].abs().max()
+
+
+def test_trailing_ddim_starts_where_hyper_sd_was_distilled():
+    scheduler = diffusers.DDIMScheduler(**SD15, clip_sample=False, set_alpha_to_one=False, timestep_spacing="trailing")
+    for n in (2, 4, 8):
+        expected, timesteps = sample_reference("ddim_trailing", scheduler, seeded(1), n)
+        sampler = make("ddim_trailing", seeded(1))
+        ours = sample(sampler, n)
+        assert sampler.timesteps == timesteps and (n != 4 or timesteps == [999, 749, 499, 249])
+        for x, y in zip(ours, expected, strict=True):
+            assert (x - y).abs().max() <= 1e-5 * y.abs().max()
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_strength_1_starts_at_the_noise_level_of_text_to_image(name):
     sampler = make(name, seeded(0))
@@ -214,7 +254,7 @@ def test_noise_level_of_every_timestep(name):
 def test_any_number_of_steps_can_be_planned():
     for name in SAMPLERS:
         for spacing in SPACINGS:
-            for n in (1, 2, 3, 7, 333, 999, 1000) if name != "lcm" else (1, 3, 33, 50):
+            for n in (1, 2, 3, 7, 333, 999, 1000) if name not in ("lcm", "tcd") else (1, 3, 33, 50):
                 sampler = make(name, timestep_spacing=spacing)
                 sampler.set_inference_timesteps(n)
                 assert len(sampler.timesteps) == {"heun": 2 * n - 1, "plms": n + (n > 1)}.get(name, n)
@@ -391,6 +431,8 @@ def test_other_steps_come_whenever_they_are_wanted():
     (lambda: make("ddim", eta=-0.1), "eta is -0.1"),
     (lambda: make("heun", timestep_spacing="log"), "'log': choose 'leading', 'trailing' or 'linspace'"),
     (lambda: make("lcm", original_inference_steps=0), "original_inference_steps is 0: give a whole number from 1"),
+    (lambda: make("tcd", eta=1.5), "eta is 1.5: give a number from 0"),
+    (lambda: make("tcd").set_inference_timesteps(51), "num_inference_steps is 51: TCD takes 1 to 50"),
     (lambda: make("lcm").set_inference_timesteps(51), "num_inference_steps is 51: LCM takes 1 to 50"),
     (lambda: make("plms").set_inference_timesteps(1001), "num_inference_steps is 1001: give a whole number from 1"),
     (lambda: make("dpmpp_2m").step(1, None, None), "timestep 1 is not planned: call set_inference_timesteps"),
