@@ -106,6 +106,15 @@ def machine(*packages):
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads; {versions}"
 
 
+def processor():
+    """Returns the kind of processor as part of a file's name, such as "amd-avx512_bf16": who made it, and the widest of
+    the instructions that decide which way to compute is the fastest."""
+    maker = next((line.split()[-1] for line in open("/proc/cpuinfo") if line.startswith("vendor_id")), "unknown")
+    has = {"amx": torch.cpu._is_amx_tile_supported(), "avx512_bf16": torch.cpu._is_avx512_bf16_supported()}
+    widest = next((name for name, is_there in has.items() if is_there), torch.backends.cpu.get_cpu_capability().lower())
+    return f"{dict(AuthenticAMD='amd', GenuineIntel='intel').get(maker, maker)}-{widest}"
+
+
 def write(name, text):
     """Prints a result and writes it to benchmarks/results/."""
     replace(name, lambda path: path.write_text(text + "\n"))

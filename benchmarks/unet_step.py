@@ -13,7 +13,7 @@ latents once. Before timing, each output is compared with diffusers' in float32.
 Share of the matrix rate: FLOP per second, over what a product of 2048x2048 matrices reaches. The FLOP are those of a
 plain batch of two (convolutions and products, those within attention included); work that ours saves counts as done.
 
-Writes benchmarks/results/unet_step.md.
+Writes benchmarks/results/unet_step-PROCESSOR.md, a file for each kind of processor.
 """
 
 import argparse
@@ -132,7 +132,7 @@ def main():
         del ours, plain, candidates
     header = ["part", "dtype", "", "seconds", "times as fast as diffusers", "GFLOP/s", "of the matrix rate",
               "distance to float32"]
-    measure.write("unet_step.md", f"""\
+    measure.write(f"unet_step-{measure.processor()}.md", f"""\
 {measure.table(header, lines)}
 
 Medians of {arguments.rounds} rounds, interleaved; ratios are medians of ratios within a round. Distance: root mean
