@@ -5,7 +5,8 @@
 One random checkpoint of full size (2 GiB, made on first use), float16, 512x512 pixels with guidance, DDIM; ours and
 diffusers', each plain and compiled (torch.compile, mode "reduce-overhead": a minute or two for each batch size, not
 counted), in turn within one process. Share of the matrix rate: FLOP of all steps and the decoding per second, over what
-a product of 8192x8192 matrices in bfloat16 reaches.
+a product of 8192x8192 matrices in bfloat16 reaches. Peak memory is what PyTorch allocates for one picture, as it is and
+with idle_device="cpu", with the networks on the CPU before.
 
 Writes benchmarks/results/gpu.md.
 """
@@ -60,6 +61,16 @@ def candidates(path, steps, with_compile):
     return drawers
 
 
+def peak_memory(path, steps, idle_device):
+    """Returns the MiB that PyTorch allocates at most for one picture, beyond what it has before."""
+    models = model_loader.preload_models_from_standard_weights(path, "cpu", "float16")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    generate(PROMPT, models=models, tokenizer=model_loader.load_tokenizer(), sampler_name="ddim", seed=42, device="cuda",
+             n_inference_steps=steps, idle_device=idle_device, progress=False)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -70,7 +81,9 @@ def main():
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("error: PyTorch finds no CUDA device on this machine, which this benchmark needs")
-    drawers = candidates(measure.random_checkpoint(), arguments.steps, not arguments.no_compile)
+    path = measure.random_checkpoint()
+    peaks = [peak_memory(path, arguments.steps, idle_device) for idle_device in (None, "cpu")]
+    drawers = candidates(path, arguments.steps, not arguments.no_compile)
     rate, flop, rows = matrix_rate(), flop_of_a_picture(arguments.steps), []
     for batch in arguments.batches:
         draw_batch = {name: partial(draw, batch) for name, draw in drawers.items()}
@@ -83,6 +96,7 @@ def main():
     measure.write("gpu.md", f"""\
 {measure.table(header, rows)}
 
+Peak memory of a picture: {peaks[0]:.0f} MiB; with idle_device="cpu" {peaks[1]:.0f} MiB.
 {torch.cuda.get_device_name()}, float16, 512x512, {arguments.steps} steps with guidance; medians of {arguments.rounds}
 rounds. A matrix product reached {rate / 1000:.0f} TFLOP/s in bfloat16. {measure.peer_versions()}""")
 
