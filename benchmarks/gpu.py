@@ -66,8 +66,8 @@ def peak_memory(path, steps, idle_device):
     models = model_loader.preload_models_from_standard_weights(path, "cpu", "float16")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    generate(PROMPT, models=models, tokenizer=model_loader.load_tokenizer(), sampler_name="ddim", seed=42, device="cuda",
-             n_inference_steps=steps, idle_device=idle_device, progress=False)
+    generate(PROMPT, models=models, tokenizer=model_loader.load_tokenizer(), sampler_name="ddim", seed=42,
+             device="cuda", n_inference_steps=steps, idle_device=idle_device, progress=False)
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
