@@ -135,7 +135,7 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         tokens = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (batch, h * w, channels)
         tokens = tokens + self.attention_1(self.layer_norm_1(tokens))
-        x, tokens = repeat_rows(x, len(context)), repeat_rows(tokens, len(context))
+        x, tokens = repeat_rows(x, context.shape[0]), repeat_rows(tokens, context.shape[0])
         tokens = tokens + self.attention_2(self.layer_norm_2(tokens), context)
         tokens = tokens + self.linear_out(self.linear_geglu(self.layer_norm_3(tokens)))
         return x + self.proj_out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
@@ -168,7 +168,8 @@ class Upsample(nn.Module):
 
 def repeat_rows(x: Tensor, batch: int) -> Tensor:
     """(batch or a part of it, ...) -> (batch, ...), the rows in turn as often as it takes"""
-    return x if len(x) == batch else torch.cat([x] * (batch // len(x)))  # keeps channels_last, which x.repeat does not
+    n_rows = x.shape[0]  # of which, unlike len(x), torch.export knows that it varies
+    return x if n_rows == batch else torch.cat([x] * (batch // n_rows))  # keeps channels_last, which x.repeat does not
 
 
 class SwitchSequential(nn.Sequential):
@@ -295,6 +296,6 @@ class Diffusion(nn.Module):
             What the last block returns.
         """
         for block in self.decoders if blocks is None else blocks:
-            x = torch.cat([x, repeat_rows(skips.pop(), len(x))], dim=1)
+            x = torch.cat([x, repeat_rows(skips.pop(), x.shape[0])], dim=1)
             x = block(x, context, time, size=skips[-1].shape[2:] if skips else None)
         return x
