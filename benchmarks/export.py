@@ -69,8 +69,8 @@ def main():
 {measure.table(header, lines)}
 
 A guided step of `{Path(arguments.checkpoint).name}` in float32. Medians of {arguments.rounds} rounds, interleaved;
-ratios are medians of ratios within a round. At the end {os.getloadavg()[0]:.0f} processes shared {os.cpu_count()} cores:
-where they are more than the cores, only processor time tells, and caches are cold.
+ratios are medians of ratios within a round. At the end {os.getloadavg()[0]:.0f} processes shared {os.cpu_count()}
+cores: where they are more than the cores, only processor time tells, and caches are cold.
 {measure.machine("onnxruntime", "openvino", "onnxscript")}""")
 
 

@@ -315,7 +315,8 @@ PARTS = {"style": teach_style, "object": teach_object, "inversion": teach_invers
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=f"{', '.join(PARTS)} (all of them)")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART",
+                        help=f"{', '.join(PARTS)} (all of them)")
     parser.add_argument("--checkpoint", help="the model (the newest in data/)")
     parser.add_argument("--cfg-scale", type=float, default=3.0)
     parser.add_argument("--steps", type=int, help="of each training, instead of the part's own number")
