@@ -20,6 +20,7 @@ IS_WHOLE = import sys, pip; sys.exit(sys.version_info < (3, 11) or sys.prefix ==
 help:
 	@echo 'make demo       draws a picture: make demo PROMPT="a green apple" CHECKPOINT=path/to/an/sd1x.safetensors'
 	@echo 'make notebook   opens demo.ipynb in Jupyter'
+	@echo 'make web        opens a web page to draw with, and an API, at http://127.0.0.1:7860'
 	@echo 'make test       runs the tests'
 	@echo 'make lint       runs ruff'
 	@echo 'All set up a virtual environment in .venv first; PYTHON=python3.11 names the Python to do it with.'
@@ -30,6 +31,9 @@ demo: .venv/ready
 
 notebook: .venv/ready-notebook
 	.venv/bin/python -m notebook demo.ipynb
+
+web: .venv/ready-web
+	@.venv/bin/python -m extensions.web
 
 test: .venv/ready-dev
 	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
@@ -43,7 +47,7 @@ lint: .venv/ready-dev
 	$(PIP) -r requirements.txt
 	@touch $@
 
-.venv/ready-dev: requirements-dev.txt .venv/ready
+.venv/ready-dev: requirements-dev.txt extensions/requirements-web.txt .venv/ready
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
@@ -51,4 +55,8 @@ lint: .venv/ready-dev
 	$(PIP) -r requirements-notebook.txt
 	@touch $@
 
-.PHONY: help demo notebook test lint
+.venv/ready-web: extensions/requirements-web.txt .venv/ready
+	$(PIP) -r extensions/requirements-web.txt
+	@touch $@
+
+.PHONY: help demo notebook web test lint

@@ -258,39 +258,26 @@ def read_settings(arguments):
 def load(checkpoint, device, dtype, arguments, settings):
     """Returns the models with all that the command line hangs on them, and the embeddings, {name: vectors}."""
     import model_loader
-    from cpu import packed
+    from extensions.assemble import load_with
     from extensions.textual_inversion import find_embeddings, load_embedding
 
-    loras = find_loras(arguments, settings)
-    changes_weights = bool(loras or arguments.control)  # which is done before packing
-    pack = model_loader.pays_to_pack(checkpoint, device, dtype)
-    models = model_loader.preload_models_from_standard_weights(
-        checkpoint, device, dtype, use_ema=bool(settings["use_ema"]), pack=pack and not changes_weights,
-        compile=arguments.compile, vae=arguments.vae, prediction=settings["prediction"])
+    models, controlnets, of_loras = load_with(
+        checkpoint, device, dtype, find_loras(arguments, settings), [file for file, _ in arguments.control],
+        use_ema=bool(settings["use_ema"]), compile=arguments.compile, vae=arguments.vae,
+        prediction=settings["prediction"])
 
     embeddings = find_embeddings(model_loader.ROOT / "data" / "embeddings")
     for text in arguments.embedding:
         path, _, name = text.rpartition(":") if not Path(text).exists() and ":" in text else (text, "", "")
         found, vectors = load_embedding(path)
         embeddings[name or found] = vectors
-    if loras:
-        from extensions.lora import add_lora
-
-        for path, unet_scale, text_scale in loras:
-            embeddings |= add_lora(models, path, unet_scale=unet_scale, text_scale=text_scale)
-    controls = []
-    for file, text in arguments.control:
-        from extensions.controlnet import load_controlnet
-
-        image, scale = split_scale(text)
-        controls.append((load_controlnet(file, device, dtype, base=models), image, scale))
-    if pack and changes_weights:
-        models = {name: packed.pack(network) for name, network in models.items()}
-        controls = [(packed.pack(controlnet), image, scale) for controlnet, image, scale in controls]
-    if controls:
+    embeddings |= of_loras
+    if controlnets:
         from extensions.controlnet import Controlled
 
-        models["diffusion"] = Controlled(models["diffusion"], controls)
+        pictures = [split_scale(text) for _, text in arguments.control]
+        models["diffusion"] = Controlled(models["diffusion"], [
+            (controlnet, image, scale) for controlnet, (image, scale) in zip(controlnets, pictures)])
     if settings["cache_interval"] != 1:
         from extensions.deep_cache import DeepCache
 

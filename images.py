@@ -67,6 +67,14 @@ def as_image(image, name="input_image"):
 def read_parameters(path) -> dict:
     """Returns the settings in a picture's file, our own or a web UI's; see `infotext.parse_parameters` for their names.
 
+    Args, Raises: as `read_text`.
+    """
+    return parse_parameters(read_text(path))
+
+
+def read_text(path) -> str:
+    """Returns the text of the settings in a picture's file.
+
     Args:
         path: a PNG file with a text chunk `parameters`; a JPEG, WebP or AVIF file with it in EXIF's UserComment; a GIF
             file with it in its comment.
@@ -84,7 +92,7 @@ def read_parameters(path) -> dict:
         text = text[8:].decode("utf-16-be", "replace") if is_utf_16 else text.decode("utf-8", "replace")
     if not text:
         raise ValueError(f"{name}: has no settings in it (a text named 'parameters', as we and web UIs write)")
-    return parse_parameters(text)
+    return text
 
 
 def load_file(file, name="input_image"):
@@ -221,10 +229,15 @@ def reserve(path, overwrite: bool = False) -> Iterator[Callable]:
             image = image if isinstance(image, Image.Image) else array_to_image(np.asarray(image), "image")
             if isinstance(parameters, dict):
                 parameters = format_parameters(parameters | {"width": image.width, "height": image.height})
-            info = PngImagePlugin.PngInfo()
-            info.add_text("parameters", parameters.encode(errors="replace").decode())  # a file's name may be no Unicode
             path.parent.mkdir(parents=True, exist_ok=True)  # it may have gone since
-            image.save(temporary, format="PNG", pnginfo=info)
+            write_png(image, temporary, parameters)
             return publish()
 
         yield save
+
+
+def write_png(image: Image.Image, file, parameters: str) -> None:
+    """Writes a PNG file, to a path or an open binary file, with a text chunk `parameters`."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", parameters.encode(errors="replace").decode())  # a file's name may be no Unicode
+    image.save(file, format="PNG", pnginfo=info)

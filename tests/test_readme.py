@@ -80,7 +80,8 @@ def test_files_it_names_exist():
 
 
 def test_options_it_names_exist():
-    options = set(re.findall(r'add\("(--[a-z-]+)"', (ROOT / "cli.py").read_text()))
+    commands = "\n".join((ROOT / name).read_text() for name in ("cli.py", "extensions/web.py"))
+    options = set(re.findall(r'add\("(--[a-z-]+)"', commands))
     assert set(re.findall(r"(?<!\S)[`(]*(--[a-z][a-z-]+)", TEXT)) - {"--help", "--index-url"} <= options
 
 
