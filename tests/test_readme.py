@@ -80,8 +80,8 @@ def test_files_it_names_exist():
 
 
 def test_options_it_names_exist():
-    commands = "\n".join((ROOT / name).read_text() for name in ("cli.py", "extensions/web.py"))
-    options = set(re.findall(r'add\("(--[a-z-]+)"', commands))
+    files = [ROOT / "cli.py", *ROOT.glob("extensions/*.py")]
+    options = {option for file in files for option in re.findall(r'add\("(--[a-z-]+)"', file.read_text())}
     assert set(re.findall(r"(?<!\S)[`(]*(--[a-z][a-z-]+)", TEXT)) - {"--help", "--index-url"} <= options
 
 
