@@ -80,7 +80,7 @@ def show_words(pixels, maps, prompt, clip, tokenizer, embeddings):
                 words[-1] = words[-1][0], words[-1][1] + token_map
                 continue
             before = None if vector is None else token
-            text, heat = text + piece, heat + token_map
+            text, heat = text + piece.removesuffix("</w>"), heat + token_map
             if piece.endswith("</w>") or vector is not None:
                 words.append((tokenizer.convert_tokens_to_string([text]).strip(), heat))
                 text, heat = "", 0

@@ -17,7 +17,6 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
-from importlib.util import find_spec
 from urllib.parse import urlsplit
 
 INSTALL = "the web page needs {}: pip install -r extensions/requirements-web.txt"
@@ -123,6 +122,8 @@ def serve(arguments, sock):
 
 def leave(text):
     """Ends the process, be there a step of a large network under way or not, which takes seconds."""
+    if page := sys.modules.get("extensions.web_page"):
+        page.temporary_folder().cleanup()
     print(text, flush=True)
     sys.stderr.flush()
     os._exit(0)
@@ -151,7 +152,7 @@ def create_app(studio, user: str | None = None, password: str | None = None, cor
 
     app = FastAPI(title="Stable Diffusion", docs_url=None, redoc_url=None)  # these pages load scripts from elsewhere
     web_api.add_routes(app, studio)
-    if page and find_spec("extensions.web_page"):
+    if page:
         app = mount_page(app, studio)
     app = Door(app, user, password)
     if cors:
@@ -164,11 +165,10 @@ def mount_page(app, studio):
     try:
         import gradio
 
-        from extensions.web_page import build_page
+        from extensions.web_page import LOOK, build_page
     except ImportError as error:
         raise ImportError(INSTALL.format(error.name)) from None
-    return gradio.mount_gradio_app(app, build_page(studio), path="/", max_file_size=studio.limits.upload,
-                                   ssr_mode=False)
+    return gradio.mount_gradio_app(app, build_page(studio), path="/", max_file_size=studio.limits.upload, **LOOK)
 
 
 class Guard:
