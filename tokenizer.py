@@ -52,5 +52,8 @@ class Tokenizer:
             return SimpleNamespace(input_ids=self.backend.encode(texts, add_special_tokens=add_special_tokens).ids)
         return SimpleNamespace(input_ids=[self(text, add_special_tokens).input_ids for text in texts])
 
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return self.backend.id_to_token(token)
+
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=False).replace("</w>", " ").strip()

@@ -72,16 +72,16 @@ def why_no_words(request, prompt):
 def show_words(pixels, maps, prompt, clip, tokenizer, embeddings):
     """Returns [(word, PIL image of where it was looked at)] in the order of the prompt."""
     split = make_splitter(tokenizer, embeddings, clip.config)
-    words, text, heat, before = [], "", 0, None
+    words, ids, heat, before = [], [], 0, None
     for k, chunk in enumerate(split_chunks(prompt, split, clip.config.n_tokens - 2)):
         for i, (token, vector, _) in enumerate(chunk):
-            piece, token_map = tokenizer.convert_ids_to_tokens(token), maps[k * clip.config.n_tokens + 1 + i]
+            token_map = maps[k * clip.config.n_tokens + 1 + i]
             if vector is not None and before == token:  # an embedding of several vectors is one word
                 words[-1] = words[-1][0], words[-1][1] + token_map
                 continue
             before = None if vector is None else token
-            text, heat = text + piece.removesuffix("</w>"), heat + token_map
-            if piece.endswith("</w>") or vector is not None:
-                words.append((tokenizer.convert_tokens_to_string([text]).strip(), heat))
-                text, heat = "", 0
+            ids, heat = [*ids, token], heat + token_map
+            if tokenizer.convert_ids_to_tokens(token).endswith("</w>") or vector is not None:
+                words.append((tokenizer.decode(ids).strip(), heat))
+                ids, heat = [], 0
     return [(word, Image.fromarray(overlay(pixels, heat))) for word, heat in words if word.strip(",.")]
