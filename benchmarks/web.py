@@ -48,9 +48,10 @@ def main():
         fetch(address, body(0, STEPS))
 
     overhead = measure_overhead(models, address)
+    where = machine("fastapi", "uvicorn")
     began = time.perf_counter()
     counts, memory = soak(address, expected)
-    write("web.md", report(overhead, counts, memory, time.perf_counter() - began))
+    write("web.md", report(overhead, counts, memory, time.perf_counter() - began, where))
     server.should_exit = True
     studio.close()
 
@@ -143,7 +144,7 @@ def ask(address, kind, random, expected):
     return "the right picture" if np.array_equal(image, expected[seed]) else "A WRONG PICTURE"
 
 
-def report(overhead, counts, memory, seconds):
+def report(overhead, counts, memory, seconds, where):
     alone, served = (statistics.median(column) for column in zip(*overhead))
     ratio = statistics.median(ours / theirs for theirs, ours in overhead)
     rows = [(kind, outcome, n) for (kind, outcome), n in sorted(counts.items())]
@@ -155,7 +156,7 @@ def report(overhead, counts, memory, seconds):
         f"pictures compared with generate()'s of the same seed, byte for byte; who finds the queue full asks again):",
         table(["request", "what came of it", "times"], rows),
         f"Resident memory after each hundred, MiB: {', '.join(f'{size:.0f}' for size in memory)}.",
-        f"Clients, server and networks in one process; {machine('fastapi', 'uvicorn')}; another process had one of the "
+        f"Clients, server and networks in one process; {where}; another process had one of the "
         f"two cores."])
 
 
