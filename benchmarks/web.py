@@ -77,14 +77,16 @@ def fetch(address, content, path=PATH):
 
 
 def measure_overhead(models, address):
-    """Returns (seconds of generate(), seconds of a request for the same), of each round, in turn."""
-    rounds = []
+    """Returns, for generate() and for a request for the same, the seconds that passed and those of the processor in
+    each round. The latter are the same on a machine that is busy with other things."""
+    alone, served = [], []
     for k in range(ROUNDS + 1):
-        alone = timed(lambda k=k: draw(models, k, OVERHEAD_STEPS))
-        served = timed(lambda k=k: fetch(address, body(k, OVERHEAD_STEPS)))
-        print(f"round {k}: {alone:.3f} s alone, {served:.3f} s served" + " (warm-up)" * (k == 0), flush=True)
-        rounds += [(alone, served)] * (k > 0)
-    return rounds
+        for seconds, function in [(alone, lambda k=k: draw(models, k, OVERHEAD_STEPS)),
+                                  (served, lambda k=k: fetch(address, body(k, OVERHEAD_STEPS)))]:
+            began = time.process_time()
+            seconds.append((timed(function), time.process_time() - began))
+        print(f"round {k}: {alone[-1]} s alone, {served[-1]} s served" + " (warm-up)" * (k == 0), flush=True)
+    return alone[1:], served[1:]
 
 
 def soak(address, expected):
@@ -144,14 +146,21 @@ def ask(address, kind, random, expected):
     return "the right picture" if np.array_equal(image, expected[seed]) else "A WRONG PICTURE"
 
 
+def tell_overhead(alone, served):
+    def compare(column):
+        ours, theirs = ([seconds[column] for seconds in rounds] for rounds in (served, alone))
+        ratio = statistics.median(a / b for a, b in zip(ours, theirs))
+        return f"{statistics.median(theirs):.2f} s, {statistics.median(ours):.2f} s, median of the ratios {ratio:.3f}"
+
+    return (f"A picture of {OVERHEAD_STEPS} steps by the model in the box, by generate() and by the server in the same "
+            f"process, medians of {ROUNDS} rounds in turn: {compare(1)} (of the processor); {compare(0)} (passed, on a "
+            f"machine with other work).")
+
+
 def report(overhead, counts, memory, seconds, where):
-    alone, served = (statistics.median(column) for column in zip(*overhead))
-    ratio = statistics.median(ours / theirs for theirs, ours in overhead)
     rows = [(kind, outcome, n) for (kind, outcome), n in sorted(counts.items())]
     return "\n\n".join([
-        f"A picture of {OVERHEAD_STEPS} steps by the model in the box, medians of {ROUNDS} rounds in turn: "
-        f"{alone:.3f} s by generate(), {served:.3f} s by the server in the same process; median of the ratios "
-        f"{ratio:.3f}.",
+        tell_overhead(*overhead),
         f"{REQUESTS} requests from {CLIENTS} clients at a time in {seconds:.0f} s ({STEPS} steps, {SIDE}x{SIDE} px; "
         f"pictures compared with generate()'s of the same seed, byte for byte; who finds the queue full asks again):",
         table(["request", "what came of it", "times"], rows),
