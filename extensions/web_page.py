@@ -18,6 +18,7 @@ from pathlib import Path
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read whenever Gradio would report
 
 import gradio as gr
+from fastapi import HTTPException
 from PIL import Image, ImageChops
 
 from extensions.request import TAKE_KARRAS, Request, open_upload
@@ -94,8 +95,11 @@ def temporary_folder() -> tempfile.TemporaryDirectory:
 def build_page(studio: Studio) -> gr.Blocks:
     """Returns the page, to be mounted with the arguments in LOOK."""
     temporary_folder()
+    # Gradio fetches what callers give the address of, and serves it as if it were the page's own.
+    gr.processing_utils.async_ssrf_protected_get = gr.routes.secure_url_stream_response = refuse_address
     jobs = {}  # session: the Job that its tab waits for
     with gr.Blocks(title="Stable Diffusion", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as page:
+        page.has_launched = True  # or Gradio, being mounted, opens whatever path a caller says it has uploaded
         gr.HTML(f"<h1 id=title>Stable Diffusion<span>{escape(studio.checkpoint)}</span></h1>")
         history, shown = gr.State([]), gr.State(None)
         with gr.Row(elem_id="studio"):
@@ -179,6 +183,10 @@ def build_page(studio: Studio) -> gr.Blocks:
         page.load(lambda: list_files(studio), None, [fields[name] for name in ("checkpoint", "lora", "embedding",
                                                                                "control")], **HIDDEN)
     return page
+
+
+async def refuse_address(*_):
+    raise HTTPException(403, "files come by upload, from no address")
 
 
 # ---- the parts of the page: each returns its components by name
@@ -329,7 +337,7 @@ def add_settings_again(studio, fields, tabs, dropped, where):
 
     def read(file):
         try:
-            values, left = read_settings(Path(file["path"]).read_bytes(), studio)
+            values, left = read_settings(read_file(file), studio)
         except ValueError as error:
             return {dropped: None, where: status(error, "error")}
         values = defaults | {"checkpoint": studio.checkpoint} | values
@@ -416,7 +424,15 @@ def wanted(image):
 
 def read_upload(file, name, limits):
     """Returns the PIL image in an uploaded file, RGB; None if there is none."""
-    return open_image(open_upload(Path(file["path"]).read_bytes(), name, limits), name) if file else None
+    return open_image(open_upload(read_file(file), name, limits), name) if file else None
+
+
+def read_file(file):
+    """Returns the bytes of an uploaded file. Gradio has checked where it lies, unless the caller calls it no file."""
+    path = Path(file["path"]).resolve()
+    if not path.is_relative_to(Path(temporary_folder().name).resolve()):
+        raise ValueError("the file was not uploaded to this page; choose it again")
+    return path.read_bytes()
 
 
 def read_editor(editor, value, limits):
@@ -431,7 +447,7 @@ def read_editor(editor, value, limits):
     get = value.get if isinstance(value, dict) else vars(value).get
 
     def read(part):
-        data = part if isinstance(part, bytes) else Path(part["path"]).read_bytes()
+        data = part if isinstance(part, bytes) else read_file(part)
         return open_upload(data, "the picture in the editor", limits)
 
     background = get("background")
