@@ -161,6 +161,7 @@ def test_a_preview_resembles_the_picture():
 
 
 def test_words_that_the_model_does_not_know_are_told(studio, monkeypatch):
+    studio.load(studio.checkpoint, [], [])  # so that no other text encoder takes its place
     clip = studio.loaded[0]["clip"]
     monkeypatch.setattr(clip, "config", replace(clip.config, words=("a", "cat")))
     assert draw(studio, "a (cat:1.2)").notes == []
