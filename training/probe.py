@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from pipeline import tokenize
 from training import scenes
 
-N_FITTED, N_TRIED = 6000, 60
+N_FITTED, N_TRIED = 2000, 20
 
 
 def features(captions, clip, tokenizer):
