@@ -353,7 +353,7 @@ def list_files(studio):
     loras, embeddings, controls = map(list, (studio.loras(), studio.embeddings(), studio.controlnets()))
     return [gr.update(choices=list(studio.checkpoints()), value=studio.checkpoint),
             *(gr.update(choices=names, value=None, interactive=bool(names)) for names in (loras, embeddings)),
-            gr.update(choices=["", *controls], value="", interactive=bool(controls))]
+            gr.update(choices=[("none", ""), *controls], value="", interactive=bool(controls))]
 
 
 # ---- from the fields to a Request, and from a file to the fields
@@ -471,7 +471,9 @@ def read_settings(data: bytes, studio: Studio) -> tuple[dict, list[str]]:
         ValueError: in one line, that it is no picture, or has no settings.
     """
     open_upload(data, "the file", studio.limits)
-    given = parse_parameters(read_text(io.BytesIO(data))[: 10 * studio.limits.prompt])
+    file = io.BytesIO(data)
+    file.name = "the file"
+    given = parse_parameters(read_text(file)[: 10 * studio.limits.prompt])
     mode = "outpaint" if "Outpaint" in given else "inpaint" if "mask_hash" in given else "image"
     mode = mode if "input_image_hash" in given or "strength" in given else "text"
     values, left = {"mode": mode}, []
