@@ -244,9 +244,10 @@ def build_tabs(studio):
         with gr.Tab("Outpaint", id="outpaint") as outpaint:
             gr.Markdown("So many pixels more on each side:")
             fields["canvas"] = upload("A picture to go on from", "canvas")
-            with gr.Row():
-                for side in SIDES:
-                    fields[side] = gr.Slider(0, 512, 0, step=8, label=side.capitalize(), min_width=110, elem_id=side)
+            for pair in (SIDES[:2], SIDES[2:]):
+                with gr.Row():
+                    for side in pair:
+                        fields[side] = gr.Slider(0, 512, 0, step=8, label=side.capitalize(), elem_id=side)
             with gr.Row():
                 fields["outpaint_strength"] = gr.Slider(0.05, 1, 1, step=0.05, label="Strength")
                 fields["outpaint_fill"] = gr.Dropdown(FILLS, value="fill", label="Start from")
@@ -284,16 +285,16 @@ def build_settings(studio):
         fields["canny"] = gr.Checkbox(False, label="Take the edges of it first (canny)")
         with gr.Row():
             fields["control_scale"] = gr.Slider(0, 2, 1, step=0.05, label="Scale", min_width=110)
-            fields["control_start"] = gr.Slider(0, 1, 0, step=0.05, label="From this part of the steps", min_width=110)
-            fields["control_end"] = gr.Slider(0, 1, 1, step=0.05, label="To this part", min_width=110)
+            fields["control_start"] = gr.Slider(0, 1, 0, step=0.05, label="Starts at", min_width=110)
+            fields["control_end"] = gr.Slider(0, 1, 1, step=0.05, label="Ends at", min_width=110)
     with gr.Accordion("Settings from a picture", open=False):
-        dropped = gr.File(label="Drop a picture that was drawn here or in a web UI, to have its settings back",
+        dropped = gr.File(label="Drop a picture from here or from a web UI",
                           file_types=["image"], height=120, elem_id="dropped")
     with gr.Accordion("More", open=False):
         fields["words"] = gr.Checkbox(True, label="Show what each word looked at")
         with gr.Row():
             fields["clip_skip"] = gr.Slider(1, 12, 1, step=1, label="Clip skip")
-            fields["eta"] = number("Eta, of the sampler DDIM", "eta")
+            fields["eta"] = number("Eta, of the sampler DDIM", "eta", "0")
     return fields, dropped
 
 

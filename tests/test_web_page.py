@@ -251,11 +251,13 @@ def test_words_that_the_model_does_not_know(tab, studio):
 def test_a_mask_is_painted(tab, submitted):
     """What is painted over is drawn anew, and nothing else changes."""
     tab.get_by_role("tab", name="Inpaint").click()
-    give(tab, "editor", png(IMAGE))
     fill(tab, prompt="a cat", mask_blur=0)
     canvas = tab.locator("#editor canvas").first
     expect(canvas).to_be_visible()
-    def is_refused():  # before that, the editor has yet to open the picture
+
+    def is_refused():  # until the editor is ready, it takes no file, and tells nobody
+        give(tab, "editor", png(IMAGE))
+        tab.wait_for_timeout(300)
         tab.locator("#draw").click()
         expect(tab.locator("#status .error")).to_be_visible()
         expect(tab.locator("#draw")).to_be_visible()
