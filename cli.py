@@ -222,7 +222,7 @@ def reserve_all(paths, overwrite):
 def read_settings(arguments):
     """Returns what to draw and how: what the command line says, then the picture of --like, then DEFAULTS."""
     from images import read_parameters
-    from samplers import SAMPLERS
+    from samplers import SAMPLERS, TAKE_KARRAS
 
     names = ("prompt", "uncond_prompt", "strength", "n_inference_steps", "sampler_name", "schedule", "cfg_scale",
              "seed", "height", "width", "clip_skip", "cache_interval", "tile_size", "guidance_interval", "use_ema",
@@ -240,8 +240,7 @@ def read_settings(arguments):
 
     if settings["sampler_name"] not in SAMPLERS:
         raise ValueError(f"--sampler is {settings['sampler_name']!r}; known are {', '.join(SAMPLERS)}")
-    takes_karras = settings["sampler_name"] in ("euler", "euler_a", "heun", "lms", "dpmpp_2m", "dpmpp_2m_sde")
-    if settings["schedule"] == "karras" and not takes_karras:
+    if settings["schedule"] == "karras" and settings["sampler_name"] not in TAKE_KARRAS:
         raise ValueError(f"--schedule is karras, which --sampler {settings['sampler_name']} does not take; euler does")
     if settings["schedule"] not in (None, "karras"):
         raise ValueError(f"{arguments.like} has the schedule {settings['schedule']!r}, which there is not here; give "

@@ -81,9 +81,8 @@ def generate(prompt: str | list[str] | None = None, uncond_prompt: str | list[st
     models = models or model_loader.default_models(str(device or model_loader.best_device()))
     clip, unet, decoder = check_models(models, image is not None)
     device = torch.device(device) if device else device_of(unet)
-    if unet.config.zero_terminal_snr and sampler is None:
-        sampler = SAMPLERS[sampler_name](rescale_zero_terminal_snr=True, timestep_spacing="trailing")
-        planned = plan(sampler, n_inference_steps, strength)
+    if sampler is None and (schedule := own_schedule(unet.config)):
+        planned = plan(SAMPLERS[sampler_name](**schedule), n_inference_steps, strength)
 
     # The prompts become a context: (pictures, tokens, d), with guidance followed by as many to stay away from.
     if context is None:
@@ -261,6 +260,11 @@ def plan(sampler: DDPMSampler, n_steps: int, strength: float) -> DDPMSampler:
     planned.set_strength(strength)
     sampler.timesteps = planned.timesteps  # for a callback that wants to know how many there will be
     return planned
+
+
+def own_schedule(config) -> dict:
+    """Returns what a sampler has to be told of the noise schedule that a UNet, by its config, was trained with."""
+    return {"rescale_zero_terminal_snr": True, "timestep_spacing": "trailing"} if config.zero_terminal_snr else {}
 
 
 def seed_generators(seed: int | None, n_pictures: int) -> list[torch.Generator]:

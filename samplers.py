@@ -463,3 +463,4 @@ def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
 SAMPLERS = {sampler.name: sampler for sampler in (
     DDPMSampler, DDIMSampler, DDIMTrailingSampler, PLMSSampler, EulerSampler, EulerAncestralSampler, HeunSampler,
     LMSSampler, DPMpp2MSampler, DPMpp2MSDESampler, LCMSampler, TCDSampler)}
+TAKE_KARRAS = [name for name, sampler in SAMPLERS.items() if issubclass(sampler, EulerSampler)]  # use_karras_sigmas

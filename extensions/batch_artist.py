@@ -12,14 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 import model_loader
 from ddpm import draw_noise
 from extensions.batch_table import content_hash, cut, cut_batches, read_image
-from images import native_size, open_image, to_tensor
+from images import open_image, to_tensor, write_png
 from infotext import format_parameters
-from pipeline import device_of, generate, plan, to_network
+from pipeline import choose_size, device_of, generate, own_schedule, plan, to_network
 from samplers import SAMPLERS
 
 
@@ -110,9 +110,7 @@ class Artist:
     def make_sampler(self, name, seeds):
         """Returns what `generate` would take by that name, with each picture's own seed."""
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        if self.models["diffusion"].config.zero_terminal_snr:
-            return SAMPLERS[name](generators, rescale_zero_terminal_snr=True, timestep_spacing="trailing")
-        return SAMPLERS[name](generators)
+        return SAMPLERS[name](generators, **own_schedule(self.models["diffusion"].config))
 
     def encode_images(self, jobs, sampler, rows):
         """Returns the latents of the jobs' input pictures, as noisy as the first step wants them: as in `generate`, but
@@ -124,10 +122,7 @@ class Artist:
             if hashlib.sha256(content).hexdigest() != job["image"]["sha256"]:
                 raise ValueError(f"{row['input_image']}: changed since the run began; run again")
             image = open_image(io.BytesIO(content), row["input_image"])
-            height, width = row["height"], row["width"]
-            if height is None and width is None:
-                height, width = native_size(image, side)
-            pixels.append(to_tensor(image, height or side, width or side))
+            pixels.append(to_tensor(image, *choose_size(row["height"], row["width"], side, image)))
         pixels += pixels[-1:] * (len(rows) - len(pixels))
         planned = plan(sampler, rows[0]["n_inference_steps"], rows[0]["strength"])
         noise = draw_noise(sampler.generator, (len(rows), 4, *(n // 8 for n in pixels[0].shape[2:])))
@@ -146,10 +141,8 @@ class Artist:
                  "height": image.shape[0], "width": image.shape[1]}
         if job["image"]:
             told |= {"strength": arguments["strength"], "input_image_hash": job["image"]["sha256"][:10]}
-        info = PngImagePlugin.PngInfo()
-        info.add_text("parameters", format_parameters(told))
         file = io.BytesIO()
-        Image.fromarray(image).save(file, format="PNG", pnginfo=info)
+        write_png(Image.fromarray(image), file, format_parameters(told))
         return file.getvalue()
 
     def write(self, record, kept, drawn):

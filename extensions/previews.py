@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from decoder import DecoderConfig
 from extensions.attention_maps import overlay
 from extensions.emphasis import at_step, make_splitter, parse, split_chunks
+from images import to_uint8
 from pipeline import device_of, to_network
 
 
@@ -35,8 +36,7 @@ def decode(decoder, latents):
 
 def to_picture(pixels):
     """(1, 3, h, w) in [-1, 1] -> PIL image"""
-    pixels = (pixels[0].float().cpu().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return Image.fromarray(to_uint8(pixels)[0])
 
 
 @torch.no_grad()

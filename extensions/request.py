@@ -11,10 +11,9 @@ from extensions.inpaint import check_inpainting, open_mask
 from extensions.lora import parse_tags
 from images import open_image
 from pipeline import plan
-from samplers import SAMPLERS
+from samplers import SAMPLERS, TAKE_KARRAS
 
 UPLOADS = ["PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP"]  # what is opened of what strangers send
-TAKE_KARRAS = [name for name in SAMPLERS if name not in ("ddpm", "ddim", "plms", "lcm")]
 
 
 @dataclass(frozen=True)
@@ -67,6 +66,14 @@ class Request:
     control_start: float = 0.0  # the part of the steps in which ControlNets act
     control_end: float = 1.0
     words: bool = False  # whether to keep what each word of the prompt looked at, in Picture.words
+
+    def is_partial(self) -> bool:
+        """Returns whether a part of the input picture stays as it is."""
+        return self.mask is not None or self.outpaint is not None
+
+    def used_strength(self) -> float:
+        """Returns how much of the input picture is replaced, in (0, 1]."""
+        return self.strength or (1.0 if self.input_image is None or self.is_partial() else 0.8)
 
 
 def check(request: Request, studio) -> list[tuple[str, float, float]]:
@@ -207,7 +214,4 @@ def open_upload(data: bytes, name: str = "input_image", limits: Limits = Limits(
 
 def count_steps(request):
     """Returns how often `generate` will call its callback for a picture."""
-    is_plain = request.input_image is not None and request.mask is None and request.outpaint is None
-    strength = request.strength or (0.8 if is_plain else 1.0)
-    return len(plan(SAMPLERS[request.sampler](), request.steps,
-                    1.0 if request.input_image is None else strength).timesteps)
+    return len(plan(SAMPLERS[request.sampler](), request.steps, request.used_strength()).timesteps)

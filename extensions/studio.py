@@ -36,15 +36,15 @@ from extensions.inpaint import inpaint, outpaint
 from extensions.library import is_model, named, read_embeddings, stamp, trained_name, walk
 from extensions.lora import parse_tags
 from extensions.previews import make_preview, plain_text, show_words, why_no_words
-from extensions.request import TAKE_KARRAS, Limits, Request, check, check_size, count_steps, open_upload
-from images import fit, native_size, open_image, write_png
+from extensions.request import Limits, Request, check, count_steps, open_upload
+from images import fit, open_image, write_png
 from infotext import format_parameters
 from model_loader import ROOT
 from new_file import new_file, numbered
-from pipeline import generate, tell_unknown_words
+from pipeline import choose_size, generate, own_schedule, tell_unknown_words
 from samplers import SAMPLERS
 
-__all__ = ["Busy", "Job", "Limits", "Picture", "Request", "Studio", "TAKE_KARRAS", "check_size", "open_upload"]
+__all__ = ["Busy", "Job", "Limits", "Picture", "Request", "Studio", "open_upload"]
 
 
 class Busy(Exception):
@@ -391,7 +391,7 @@ class Studio:
         if controlnets:
             from extensions.controlnet import Controlled
 
-            size = size_of(request, image, config.sample_size)
+            size = choose_size(request.height, request.width, config.sample_size, image)
             pictures = [fit(open_image(control), *size, request.resize) for _, control, _ in request.controls]
             scales = [scale for *_, scale in request.controls]
             diffusion = Controlled(diffusion, list(zip(controlnets, pictures, scales)), request.control_start,
@@ -422,12 +422,11 @@ def draw_pixels(request, image, options, config):
     """Returns (height, width, 3) uint8: text to image, image to image, inpainting or outpainting."""
     if image is None:
         return generate(**options)
-    is_partial = request.mask is not None or request.outpaint is not None
-    strength = request.strength or (1.0 if is_partial else 0.8)
-    if not is_partial:
-        image = fit(image, *size_of(request, image, config.sample_size), request.resize)
-        return generate(input_image=image, strength=strength, **options)
-    options |= {"input_image": image, "strength": strength, "blur": request.blur}
+    options["strength"] = request.used_strength()
+    if not request.is_partial():
+        size = choose_size(request.height, request.width, config.sample_size, image)
+        return generate(input_image=fit(image, *size, request.resize), **options)
+    options |= {"input_image": image, "blur": request.blur}
     if request.outpaint is not None:
         sides = dict(zip(("left", "top", "right", "bottom"), request.outpaint))
         sizes = {name: options.pop(name) for name in ("height", "width")}
@@ -437,13 +436,6 @@ def draw_pixels(request, image, options, config):
                    padding=request.padding, **options)
 
 
-def size_of(request, image, native):
-    """Returns height and width at which a request is drawn."""
-    if image is not None and request.height is None and request.width is None:
-        return native_size(image, native)
-    return request.height or native, request.width or native
-
-
 def choose_sampler(request, config):
     """Returns the arguments of `generate` that say how to sample."""
     settings = {"use_karras_sigmas": True} if request.schedule == "karras" else {}
@@ -451,9 +443,7 @@ def choose_sampler(request, config):
         settings["eta"] = request.eta
     if not settings:  # by name, so that a checkpoint's own noise schedule is obeyed
         return {"sampler_name": request.sampler}
-    if config.zero_terminal_snr:
-        settings |= {"rescale_zero_terminal_snr": True, "timestep_spacing": "trailing"}
-    return {"sampler": SAMPLERS[request.sampler](**settings)}
+    return {"sampler": SAMPLERS[request.sampler](**settings, **own_schedule(config))}
 
 
 def describe(job, seed, drawn, models, config):
@@ -467,9 +457,7 @@ def describe(job, seed, drawn, models, config):
         "model": Path(job.checkpoint).stem, "clip_skip": request.clip_skip if request.clip_skip > 1 else None,
         "dtype": str(next(models["diffusion"].parameters()).dtype).removeprefix("torch.")}
     if request.input_image is not None:
-        is_partial = request.mask is not None or request.outpaint is not None
-        settings |= {"strength": request.strength or (1.0 if is_partial else 0.8),
-                     "input_image_hash": hash_of(request.input_image)}
+        settings |= {"strength": request.used_strength(), "input_image_hash": hash_of(request.input_image)}
         settings |= {"Resize": request.resize} if request.resize != "crop" else {}
     if request.mask is not None:
         settings |= {"mask_hash": hash_of(request.mask), "blur": request.blur, "fill": request.fill or "original",

@@ -23,10 +23,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from extensions.inpaint import open_mask
-from extensions.studio import TAKE_KARRAS, Busy, Job, Request, Studio, check_size, open_upload
+from extensions.request import Request, check_size, open_upload
+from extensions.studio import Busy, Job, Studio
 from images import fit, open_image, read_text
 from infotext import FIELDS, parse_parameters, split_schedule
-from samplers import SAMPLERS
+from samplers import SAMPLERS, TAKE_KARRAS
 
 SCHEDULES = {"automatic": "Automatic", "uniform": "Uniform", "karras": "Karras"}
 AUTOMATICALLY_KARRAS = ("dpmpp_2m", "dpmpp_2m_sde")  # what the web UIs' "Automatic" means for these
@@ -141,16 +142,16 @@ def add_routes(app: FastAPI, studio: Studio) -> None:
 
     @app.post("/sdapi/v1/txt2img")
     async def txt2img(body: TextToImage, http: HttpRequest):
-        job = await draw(studio, http, to_request, body, studio, options)
-        if body.override_settings_restore_afterwards is False:
-            await run_in_threadpool(set_options, body.override_settings or {})
-        return await run_in_threadpool(answer, body, job)
+        return await respond(to_request, body, http)
 
     @app.post("/sdapi/v1/img2img")
     async def img2img(body: ImageToImage, http: HttpRequest):
         if not body.init_images:
             raise HTTPException(404, "init_images is missing; give the picture to start from, in base64")
-        job = await draw(studio, http, with_picture, body, studio, options)
+        return await respond(with_picture, body, http)
+
+    async def respond(make_request, body, http):
+        job = await draw(studio, http, make_request, body, studio, options)
         if body.override_settings_restore_afterwards is False:
             await run_in_threadpool(set_options, body.override_settings or {})
         return await run_in_threadpool(answer, body, job)

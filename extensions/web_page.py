@@ -21,11 +21,11 @@ import gradio as gr
 from fastapi import HTTPException
 from PIL import Image, ImageChops
 
-from extensions.request import TAKE_KARRAS, Request, open_upload
+from extensions.request import Request, open_upload
 from extensions.studio import Busy, Studio
 from images import open_image, read_text
 from infotext import parse_parameters
-from samplers import SAMPLERS
+from samplers import SAMPLERS, TAKE_KARRAS
 
 KEPT = 60  # pictures in a tab's gallery
 FILLS = [("what is there now", "original"), ("the colours around it", "fill"), ("noise", "noise"), ("grey", "nothing")]
