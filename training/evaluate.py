@@ -264,12 +264,12 @@ def more(models, tokenizer, grammar, judge, cfg_scale, n):
     lines += ["", "| strength | PSNR to the autoencoder's round trip, dB | the new prompt's thing |", "|---|---|---|"]
     things = random.Random(2).sample(range(len(grammar.world)), 8)
     inputs = [grammar.draw(random.Random(k), scenes.Scene((thing,), (None,))) for k, thing in enumerate(things)]
-    images = torch.from_numpy(np.stack(inputs)).permute(0, 3, 1, 2) / 127.5 - 1
+    images = to_images(torch.from_numpy(np.stack(inputs)))
     trip = round_trip(images, models)
     for strength in (0.2, 0.5, 0.8):
         pictures = np.stack([draw([grammar.world[things[k - 1]].singular], models, tokenizer, cfg_scale,
                                   input_image=picture, strength=strength)[0] for k, picture in enumerate(inputs)])
-        error = ((torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1 - trip) ** 2).mean(dim=(1, 2, 3))
+        error = ((to_images(torch.from_numpy(pictures)) - trip) ** 2).mean(dim=(1, 2, 3))
         seen = judge.nearest("thing", cut(pictures))[0]
         right = np.mean([a == (things[k - 1],) for k, a in enumerate(seen)])
         lines.append(f"| {strength} | {(10 * (4 / error).log10()).mean():.1f} | {right:.0%} |")

@@ -5,15 +5,12 @@
 
 Latent consistency distillation (arXiv 2310.04378, algorithm 1) of a LoRA alone (arXiv 2311.05556): from any latents on
 the way, the network learns to say at once what guided DDIM would come to. It needs no drawings: the latents are the
-model's own, drawn with guidance for each concept in each style that the checkpoint names. The loop is that of
-`training.train`.
+model's own, drawn with guidance for each concept in each style that the checkpoint names.
 """
 
 import argparse
 import contextlib
 import json
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,17 +26,18 @@ from ddpm import draw_noise
 from diffusion import get_time_embedding
 from extensions.lora import lora
 from model_converter import diffusers_names
+from new_file import new_file
 from pipeline import denoise, encode_prompts, generate, seed_generators
 from samplers import DPMpp2MSampler, LCMSampler
-from training import train
-from training.evaluate import cut, small
+from training import loop, teaching, train
+from training.evaluate import cut, small, write
 
 LORA = train.ROOT / "data" / "loras" / "lcm.safetensors"
 RANK = 4
 GUIDED_STEPS = 20  # that four are to stand for
 GRID = 50  # timesteps that are distilled, as the sampler picks from
-SETTINGS = train.Settings(steps=2000, batch=16, learning_rate=1e-3, warmup=20, ema=0.98, weight_decay=0.0,
-                          save_every=20, report_every=500)
+SETTINGS = loop.Settings(steps=2000, batch=16, learning_rate=1e-3, warmup=20, ema=0.98, weight_decay=0.0,
+                         save_every=20, report_every=500)
 
 
 class Change(nn.Module):
@@ -57,7 +55,7 @@ class Change(nn.Module):
 
 
 class LcmStage:
-    """A stage for `training.train.train`: the LoRA of the UNet in a checkpoint.
+    """The LoRA of the UNet in a checkpoint, for `loop.train`.
 
     Args:
         checkpoint: its path. Its metadata name the concepts and styles.
@@ -154,7 +152,7 @@ class LcmStage:
         prompts = self.prompts[:: max(len(self.prompts) // 32, 1)][:32]
         images = generate(prompts, models=self.models, tokenizer=self.tokenizer, seed=42, cfg_scale=1,
                           sampler_name="lcm", n_inference_steps=4, progress=False)
-        return f"{len(prompts)} prompts from {prompts[0]!r} on", train.sheet(images, 8 if len(prompts) == 32 else 1)
+        return f"{len(prompts)} prompts from {prompts[0]!r} on", loop.sheet(images, 8 if len(prompts) == 32 else 1)
 
     def save(self, path):
         """Writes the LoRA as kohya's scripts do, in float16."""
@@ -170,9 +168,9 @@ class LcmStage:
                 weights[f"{key}.lora_up.weight"] = up.detach().half().reshape(*up.shape, *ends).clone()
                 weights[f"{key}.alpha"] = torch.tensor(float(RANK)).half()
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        save_file(weights, temporary, {"ss_network_dim": str(RANK), "ss_network_module": "networks.lora"})
-        os.replace(temporary, path)
+        with new_file(path, overwrite=True) as (temporary, publish):
+            save_file(weights, temporary, {"ss_network_dim": str(RANK), "ss_network_module": "networks.lora"})
+            publish()
 
 
 def list_prompts(checkpoint):
@@ -228,19 +226,13 @@ def main():
     arguments = parser.parse_args()
     torch.manual_seed(0)
     stage = LcmStage(arguments.checkpoint, arguments.cfg_scale, arguments.latents)
-    train.STAGES["lcm"] = lambda _: stage
-    train.train("lcm", replace(SETTINGS, steps=arguments.steps), None, train.RUNS)
+    loop.train("lcm", stage, replace(SETTINGS, steps=arguments.steps), train.RUNS)
     stage.save(LORA)
     table = evaluate(arguments.checkpoint, LORA, arguments.cfg_scale, arguments.prompts)
     text = f"# `{LORA.name}`, {LORA.stat().st_size / 1e6:.2f} MB, {arguments.steps} steps\n\n{table}\n"
-    (train.ROOT / "training" / "results" / "lcm.md").write_text(text)
+    write("lcm.md", lambda target: target.write_text(text))
     print(text)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint")
+    teaching.run(main)

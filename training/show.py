@@ -163,6 +163,20 @@ def before_and_after(name, rows):
     evaluate.save_sheet(f"taught-{name}.jpg", shown, len(rows[0][0]))
 
 
+def draw_with_lora(room, path, name, prompts):
+    """Draws prompts and old ones without a LoRA and with it, and writes their sheet.
+
+    Returns ((before, after) of the prompts, (before, after) of the old ones, the concepts of these).
+    """
+    old, old_prompts = room.old_prompts()
+    before, old_before = room.draw(prompts), room.draw(old_prompts)
+    with with_lora(room.models, path):
+        after, old_after = room.draw(prompts), room.draw(old_prompts)
+    before_and_after(name, [(prompts[:10], before[:10], after[:10]),
+                            (old_prompts[:10], old_before[:10], old_after[:10])])
+    return (before, after), (old_before, old_after), old
+
+
 # ---- the parts: each trains, draws before and after, and returns the lines of its section
 
 
@@ -178,19 +192,14 @@ def teach_style(room):
     folder = fill("ink", [(picture(concept), f"{room.names[concept]}, ink style") for concept in learnt])
     path = room.train(lora, folder, "ink", "style", "--learning-rate", "2e-3", "--networks", "unet", "text")
     prompts = [f"{room.names[concept]}, ink style" for concept in asked]
-    old, old_prompts = room.old_prompts()
-    before, old_before = room.draw(prompts), room.draw(old_prompts)
-    with with_lora(room.models, path):
-        after, old_after = room.draw(prompts), room.draw(old_prompts)
-    before_and_after("style", [(prompts[:10], before[:10], after[:10]), (old_prompts[:10], old_before[:10],
-                                                                         old_after[:10])])
+    new_drawn, old_drawn, old = draw_with_lora(room, path, "style", prompts)
     lines = [f"Learnt from {len(learnt)} drawings; asked for {len(asked)} other concepts in that style. "
              f"{path.stat().st_size / 1e6:.2f} MB.", "", "| | before | after |", "|---|---|---|"]
-    for label, names, drawn in [("new concepts, the nearest drawing is of this concept", asked, (before, after)),
-                                ("old prompts, of their concept", old, (old_before, old_after))]:
+    for label, names, drawn in [("new concepts, the nearest drawing is of this concept", asked, new_drawn),
+                                ("old prompts, of their concept", old, old_drawn)]:
         lines.append(compare(label, *([s[0] == name for s, name in zip(room.see(d), names)] for d in drawn)))
-    for label, drawn in [("new concepts, of the style taught", (before, after)),
-                         ("old prompts, of the style taught", (old_before, old_after))]:
+    for label, drawn in [("new concepts, of the style taught", new_drawn),
+                         ("old prompts, of the style taught", old_drawn)]:
         lines.append(compare(label, *([s[1] == "ink" for s in room.see(d)] for d in drawn)))
     return lines
 
@@ -221,16 +230,11 @@ def teach_object(room):
                            for picture, colour in dodos(room)])
     path = room.train(lora, folder, "dodo", "object", "--learning-rate", "2e-3", "--networks", "unet", "text")
     prompts, colours = ask_for_dodos("dodo", room.n_prompts)
-    old, old_prompts = room.old_prompts()
-    before, old_before = room.draw(prompts), room.draw(old_prompts)
-    with with_lora(room.models, path):
-        after, old_after = room.draw(prompts), room.draw(old_prompts)
-    before_and_after("object", [(prompts[:10], before[:10], after[:10]), (old_prompts[:10], old_before[:10],
-                                                                          old_after[:10])])
+    drawn, old_drawn, old = draw_with_lora(room, path, "object", prompts)
     return [f"Learnt from 12 pictures on {len(LEARNT)} backgrounds; asked for on the other four. "
-            f"{path.stat().st_size / 1e6:.2f} MB.", "", *judge_dodos(room, before, after, colours),
-            compare("old prompts, of their concept", *([s[0] == name for s, name in zip(room.see(drawn), old)]
-                                                       for drawn in (old_before, old_after)))]
+            f"{path.stat().st_size / 1e6:.2f} MB.", "", *judge_dodos(room, *drawn, colours),
+            compare("old prompts, of their concept", *([s[0] == name for s, name in zip(room.see(images), old)]
+                                                       for images in old_drawn))]
 
 
 def teach_inversion(room):
