@@ -12,7 +12,7 @@ import model_converter
 import oracle
 from cpu.attention import onednn_computes
 from model_converter import read_networks
-from model_loader import load_tokenizer
+from model_loader import load_tokenizer, preload_models_from_standard_weights
 from pipeline import generate
 
 
@@ -71,6 +71,43 @@ def draw(models, tokenizer):
         settings = {"n_inference_steps": 2, "sampler_name": "ddim", "seed": 7, **settings}
         return generate(prompt, models=models, tokenizer=tokenizer, **settings)
     return draw
+
+
+# ---- for what draws through the studio; imported here alone, as other tests need no server
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A data folder with something of everything, all of it tiny."""
+    from web_server import fill_data
+
+    return fill_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def networks(data):
+    """The four networks of the checkpoint in it."""
+    return preload_models_from_standard_weights(data / "tiny.safetensors", "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def studio(data):
+    from web_server import tiny_studio
+
+    studio = tiny_studio(data)
+    yield studio
+    studio.close()
+
+
+@pytest.fixture(scope="module")
+def url(studio):
+    """The address of a server with the API of that studio, without the page."""
+    from web_server import serving
+
+    from extensions.web import create_app
+
+    with serving(create_app(studio, page=False)) as url:
+        yield url
 
 
 def pytest_collection_modifyitems(items):

@@ -19,30 +19,13 @@ from extensions.lora import lora
 from extensions.studio import Busy, Limits, Request, Studio, open_upload
 from extensions.textual_inversion import find_embeddings
 from images import fit, read_parameters
-from model_loader import ROOT, preload_models_from_standard_weights
+from model_loader import ROOT
 from oracle import picture
 from pipeline import generate
 from samplers import EulerSampler
 
 QUICK = {"sampler": "ddim", "steps": 2, "seed": 5}
 IMAGE = picture((64, 64))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return fill_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def studio(data):
-    studio = tiny_studio(data)
-    yield studio
-    studio.close()
-
-
-@pytest.fixture(scope="module")
-def networks(data):
-    return preload_models_from_standard_weights(data / "tiny.safetensors", "cpu", "float32")
 
 
 def draw(studio, prompt="a cat", **settings):

@@ -13,31 +13,13 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
-from web_server import fill_data, serving, tiny_studio
+from web_server import serving
 
 from extensions import web
 from extensions.web import bind, create_app
 
 ROOT = Path(__file__).parent.parent
 PROGRESS = "/sdapi/v1/progress"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return fill_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def studio(data):
-    studio = tiny_studio(data)
-    yield studio
-    studio.close()
-
-
-@pytest.fixture(scope="module")
-def url(studio):
-    with serving(create_app(studio, page=False)) as url:
-        yield url
 
 
 @pytest.fixture(scope="module")

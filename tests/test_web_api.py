@@ -15,13 +15,11 @@ import pytest
 import requests
 import webuiapi
 from PIL import Image
-from web_server import box_mask, fill_data, gate, png, serving, tiny_studio, until
+from web_server import box_mask, gate, png, tiny_studio, until
 
 from extensions.inpaint import inpaint
 from extensions.lora import lora
 from extensions.studio import Limits
-from extensions.web import create_app
-from model_loader import preload_models_from_standard_weights
 from oracle import picture
 from pipeline import generate
 from samplers import SAMPLERS, DPMpp2MSampler
@@ -31,32 +29,16 @@ SMALL = {"width": 64, "height": 64, "steps": 2, "seed": 5}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return fill_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def studio(data):
     studio = tiny_studio(data, limits=Limits(waiting=1, upload=2**20))
     yield studio
     studio.close()
 
 
-@pytest.fixture(scope="module")
-def url(studio):
-    with serving(create_app(studio, page=False)) as url:
-        yield url
-
-
 @pytest.fixture
 def client(url):
     where = urlsplit(url)
     return webuiapi.WebUIApi(host=where.hostname, port=where.port, sampler="Euler", steps=2)
-
-
-@pytest.fixture(scope="module")
-def networks(data):
-    return preload_models_from_standard_weights(data / "tiny.safetensors", "cpu", "float32")
 
 
 @pytest.fixture(scope="module")
