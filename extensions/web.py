@@ -105,13 +105,14 @@ def serve(arguments, sock):
 
     class Server(uvicorn.Server):
         def handle_exit(self, sig, frame):
+            # The one limit: uvicorn's own, were it shorter, would cancel what is under way with a traceback.
             timer = threading.Timer(1.2, leave, ["stopped"])
             timer.daemon = True
             timer.start()
             studio.close()  # so that whoever waits for a picture is answered
             super().handle_exit(sig, frame)
 
-    server = Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1, server_header=False))
+    server = Server(uvicorn.Config(app, log_level="warning", server_header=False))
     host, port = sock.getsockname()[:2]
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     print(f"checkpoint {studio.checkpoint}, device {studio.device}: {url}", flush=True)
