@@ -33,6 +33,12 @@ class DiffusionConfig:
     d_guidance: int = 0  # channels of the guidance scale's embedding, where a model is told it (LCM, arXiv 2310.04378)
 
 
+def get_frequencies(width: int) -> Tensor:
+    """Returns the angular frequencies of `get_time_embedding`, from 1 down: (width / 2,) float32 on the CPU."""
+    half = width // 2
+    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / half)
+
+
 def get_time_embedding(timestep: float | Tensor, width: int = 320) -> Tensor:
     """Returns the sinusoidal embedding of timesteps, cosines first (ldm/modules/diffusionmodules/util.py).
 
@@ -43,9 +49,7 @@ def get_time_embedding(timestep: float | Tensor, width: int = 320) -> Tensor:
     Returns:
         (1 or batch, width) float32 on the CPU.
     """
-    half = width // 2
-    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / half)
-    angles = torch.as_tensor(timestep, dtype=torch.float32, device="cpu").reshape(-1, 1) * frequencies
+    angles = torch.as_tensor(timestep, dtype=torch.float32, device="cpu").reshape(-1, 1) * get_frequencies(width)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

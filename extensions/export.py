@@ -36,7 +36,7 @@ from clip import CLIP, CLIPConfig
 from cpu.packed import Packed
 from decoder import DecoderConfig, VAE_Decoder
 from diffusers_folder import to_json
-from diffusion import Diffusion, DiffusionConfig, repeat_rows
+from diffusion import Diffusion, DiffusionConfig, get_frequencies, repeat_rows
 from encoder import LATENT_SCALE, EncoderConfig, VAE_Encoder
 from extensions.tiny_vae import TinyDecoder, TinyEncoder, load_tiny_decoder, load_tiny_encoder
 from model_loader import DTYPES, ROOT, TOKENIZER, check_device, preload_models_from_standard_weights
@@ -142,12 +142,6 @@ class Encoder(nn.Module):
 
 PROGRAMS = {"clip": (TextEncoder, CLIP), "diffusion": (UNet, Diffusion),
             "decoder": (Decoder, (VAE_Decoder, TinyDecoder)), "encoder": (Encoder, (VAE_Encoder, TinyEncoder))}
-
-
-def get_frequencies(width: int) -> Tensor:
-    """Those of `diffusion.get_time_embedding`, (width / 2,)."""
-    half = width // 2
-    return torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / half)
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
