@@ -461,6 +461,6 @@ def weighted_sum(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
 
 
 SAMPLERS = {sampler.name: sampler for sampler in (
-    DDPMSampler, DDIMSampler, DDIMTrailingSampler, PLMSSampler, EulerSampler, EulerAncestralSampler, HeunSampler,
-    LMSSampler, DPMpp2MSampler, DPMpp2MSDESampler, LCMSampler, TCDSampler)}
+    DDPMSampler, DDIMSampler, PLMSSampler, EulerSampler, EulerAncestralSampler, HeunSampler, LMSSampler, DPMpp2MSampler,
+    DPMpp2MSDESampler, LCMSampler, TCDSampler, DDIMTrailingSampler)}
 TAKE_KARRAS = [name for name, sampler in SAMPLERS.items() if issubclass(sampler, EulerSampler)]  # use_karras_sigmas

@@ -120,6 +120,14 @@ def test_the_schedule_and_the_default_guidance(run, passed_on):
         run("a cat", "--schedule", "karras")
 
 
+def test_a_models_own_schedule_is_obeyed_with_karras_levels_too(run, passed_on, tmp_path):
+    marks = {"v_pred": torch.ones(1), "ztsnr": torch.ones(1)}
+    save_file({**random_weights(), **marks}, tmp_path / "zero.safetensors", METADATA)
+    run("a cat", "--checkpoint", tmp_path / "zero.safetensors", "--sampler", "euler", "--schedule", "karras")
+    sampler = passed_on[0]["sampler"]
+    assert sampler.alphas_cumprod[-1] < 1e-6 and sampler.timestep_spacing == "trailing"
+
+
 def test_prompts_have_the_web_uis_grammar_unless_they_are_plain(run):
     same = [np.asarray(run(prompt, "--overwrite", *more)[0]["output.png"]) for prompt, more in
             [("a cat", []), ("a (cat:1.0)", []), ("a cat", ["--plain-prompt"]), ("a (cat:1.4)", []),

@@ -11,7 +11,7 @@ import torch
 import ddpm
 import samplers
 from ddpm import DDPMSampler, get_alphas_cumprod
-from samplers import SAMPLERS
+from samplers import SAMPLERS, TAKE_KARRAS
 
 SD15 = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
 REFERENCES = {
@@ -135,6 +135,15 @@ def test_karras_trajectory_is_that_of_diffusers(name, n):
         for strength in (None, 0.75):
             if int(n * (strength or 1.0)) > 0:
                 compare(name, n, strength, tolerance=1e-4, use_karras_sigmas=True, timestep_spacing=spacing)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_those_that_take_karras_levels_are_listed(name):
+    if name in TAKE_KARRAS:
+        assert SAMPLERS[name](use_karras_sigmas=True).use_karras_sigmas
+    else:
+        with pytest.raises(TypeError, match="use_karras_sigmas"):
+            SAMPLERS[name](use_karras_sigmas=True)
 
 
 def test_euler_ancestral_takes_the_karras_levels_of_euler():
