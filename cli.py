@@ -61,7 +61,7 @@ def parse_arguments():
     add = parser.add_argument_group("how to draw").add_argument
     add("--steps", type=int, dest="n_inference_steps", help="denoising steps, 1 to 1000 (50)")
     add("--sampler", dest="sampler_name",
-        help="ddpm, ddim, ddim_trailing, plms, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde, lcm or tcd (ddpm)")
+        help="ddpm, ddim, plms, euler, euler_a, heun, lms, dpmpp_2m, dpmpp_2m_sde, lcm, tcd or ddim_trailing (ddpm)")
     add("--schedule", choices=["karras"], help="noise levels as Karras et al. space them, for euler to dpmpp_2m_sde")
     add("--cfg-scale", type=float, help="guidance scale: how closely to follow the prompt (the checkpoint's own, 7.5)")
     add("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"),
@@ -316,14 +316,15 @@ def split_scale(text):
 def draw_one(models, embeddings, arguments, settings, seed):
     from extensions.emphasis import encode_weighted
     from images import fit, native_size, open_image
-    from pipeline import generate
+    from pipeline import generate, own_schedule
     from samplers import SAMPLERS
 
     options = {name: settings[name] for name in ("n_inference_steps", "height", "width")}
     options |= {"models": models, "seed": seed, "cfg_scale": guidance(settings)}
     if settings["schedule"] == "karras":
-        options["sampler"] = SAMPLERS[settings["sampler_name"]](use_karras_sigmas=True)
-    else:  # by name, so that a checkpoint's own noise schedule is obeyed
+        schedule = own_schedule(models["diffusion"].config)
+        options["sampler"] = SAMPLERS[settings["sampler_name"]](use_karras_sigmas=True, **schedule)
+    else:
         options["sampler_name"] = settings["sampler_name"]
     prompt, uncond_prompt = settings["prompt"], settings["uncond_prompt"]
     if settings["plain_prompt"]:
