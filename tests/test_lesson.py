@@ -15,12 +15,12 @@ def code_cells(notebook):
 
 def test_runs_shortened(tmp_path, monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    monkeypatch.setenv("STEPS", "16")
+    monkeypatch.setenv("STEPS", "8")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     root = NOTEBOOK.parent.parent
     monkeypatch.setenv("PYTHONPATH", str(root))
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(root)}}).execute()
-    assert code_cells(notebook)[0].outputs[0].text.strip() == "16 steps"
+    assert code_cells(notebook)[0].outputs[0].text.strip() == "8 steps"
     assert "of 24" in code_cells(notebook)[-1].outputs[0].text
 
 
