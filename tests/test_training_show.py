@@ -36,8 +36,31 @@ def test_the_judge_knows_a_drawing_however_it_is_placed(drawings, background):  
         picture = Image.new("RGB", (128, 128), emoji.COLOURS[background])
         scenes.paste(random.Random(k), picture, drawings.rgba[row].numpy(), 0.45, 0.55, 0.7, flip=k == 1)
         images.append(np.asarray(picture))
-    seen = [(concept, colour) for concept, _, colour in show.Class.see(room, images)]  # its styles are alike
-    assert seen == [(drawings.concepts[drawings.concept[row]], background) for row in rows]
+    assert show.Class.see(room, images) == [(drawings.concepts[drawings.concept[row]], background) for row in rows]
+
+
+def test_the_judge_of_one_style_looks_at_its_drawings_alone(drawings):  # noqa: F811
+    room = SimpleNamespace(features=show.cut_drawings(drawings.rgba), drawings=drawings)
+    row = int((drawings.style == 0).nonzero()[0])
+    image = Image.new("RGB", (128, 128), "white")
+    scenes.paste(random.Random(0), image, drawings.rgba[row].numpy(), 0.5, 0.5, 0.7, flip=False)
+    for style in (0, 1):
+        (concept, _), = show.Class.see(room, [np.asarray(image)], drawings.styles[style])
+        has_style = drawings.concept[drawings.style == style]
+        assert drawings.concepts.index(concept) in has_style
+        assert style or concept == drawings.concepts[drawings.concept[row]]
+
+
+@pytest.mark.parametrize("colour, share, expected", [
+    ((0, 0, 0), 1, True), ((90, 60, 40), 1, True), ((200, 30, 30), 0, True), ((200, 30, 30), 0.04, True),
+    ((200, 30, 30), 0.1, False)])
+def test_ink_has_no_colours(colour, share, expected):
+    image = np.full((100, 100, 3), 255, np.uint8)
+    image[20:70, 20:70] = 10
+    if share:
+        image[20 : 20 + round(50 * share), 20:70] = colour
+    assert show.is_ink(image) == expected
+    assert not show.is_ink(np.full((8, 8, 3), 255, np.uint8))
 
 
 def test_what_a_forward_pass_keeps():
