@@ -36,7 +36,7 @@ web: .venv/ready-web
 	@.venv/bin/python -m extensions.web
 
 test: .venv/ready-dev
-	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	.venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/ready-dev
 	.venv/bin/python -m ruff check .

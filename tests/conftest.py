@@ -15,6 +15,9 @@ from model_converter import read_networks
 from model_loader import load_tokenizer, preload_models_from_standard_weights
 from pipeline import generate
 
+# Begun first, since one of them begun last would leave the other processes idle for a minute.
+LONG = ["test_web_page.py", "test_batch.py", "test_export.py", "test_notebook.py", "test_lesson.py", "test_readme.py"]
+
 
 @pytest.fixture(autouse=True, scope="session")
 def no_gradients():
@@ -117,3 +120,4 @@ def pytest_collection_modifyitems(items):
         for hardware, is_here in available.items():
             if item.get_closest_marker(hardware) and not is_here:
                 item.add_marker(pytest.mark.skip(reason=f"no {hardware} on this machine"))
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
