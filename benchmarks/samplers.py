@@ -61,7 +61,7 @@ def table(pictures):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", help="default: the best one in data/")
-    parser.add_argument("--prompt", default="red apple emoji, noto style")
+    parser.add_argument("--prompt", default="a red apple")
     parser.add_argument("--cfg-scale", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=42)
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
 """The engine behind the web page and the HTTP API: requests in, pictures out, one at a time. It knows nothing of HTTP.
 
     studio = Studio()
-    job = studio.submit(Request("rocket emoji, noto style", steps=20, seed=5))
+    job = studio.submit(Request("a red rocket", steps=20, seed=5))
     while not job.wait(0.5):
         print(job.step, "of", job.n_steps, "steps,", job.seconds_left, "s left")
     job.raise_error()

@@ -195,7 +195,7 @@ async def refuse_address(*_):
 def build_prompt():
     return {
         "prompt": gr.Textbox(label="Prompt", lines=2, max_lines=8, elem_id="prompt",
-                             placeholder="What to draw, such as: rocket emoji, noto style"),
+                             placeholder="What to draw, such as: a star above a red car"),
         "negative_prompt": gr.Textbox(label="Negative prompt", lines=1, max_lines=4, elem_id="negative",
                                       placeholder="What to stay away from")}
 

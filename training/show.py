@@ -43,7 +43,7 @@ FOLDERS = emoji.CACHE / "taught"
 DATA = model_loader.ROOT / "data"
 LEARNT = list(emoji.COLOURS)[:7]  # backgrounds that the dodo is shown on; the other four are for the test
 SETTINGS = {"sampler_name": "dpmpp_2m", "n_inference_steps": 15}
-STEPS = {"style": 400, "object": 400, "inversion": 400, "edges": 1500}
+STEPS = {"style": 400, "object": 400, "inversion": 1500, "edges": 1500}
 
 
 class Class:
@@ -264,15 +264,15 @@ def teach_object(room):
 def teach_inversion(room):
     folder = fill("my-dodo", [(picture, f"a my-dodo on a {colour} background" if colour != "white" else "a my-dodo")
                               for picture, colour in dodos(room)])
-    path = room.train(textual_inversion, folder, "my-dodo", "inversion", "--init", "penguin", "--vectors", "4",
+    path = room.train(textual_inversion, folder, "my-dodo", "inversion", "--init", "bird", "--vectors", "8",
                       "--learning-rate", "2e-2")
     name, vectors = load_embedding(path)
     prompts, colours = ask_for_dodos(name, room.n_prompts)
-    before = room.draw([prompt.replace(name, "penguin") for prompt in prompts])
+    before = room.draw([prompt.replace(name, "bird") for prompt in prompts])
     context = encode_weighted(prompts, [""] * len(prompts), room.models["clip"], room.tokenizer, {name: vectors})
     after = room.draw(prompts, context)
     before_and_after("inversion", [(prompts[:10], before[:10], after[:10])])
-    return ["Four vectors that began as 'penguin' (before: that word). Nothing else changes, so nothing is forgotten. "
+    return ["Eight vectors that began as 'bird' (before: that word). Nothing else changes, so nothing is forgotten. "
             f"{path.stat().st_size:,} bytes.", "", *judge_dodos(room, before, after, colours)]
 
 
@@ -352,10 +352,11 @@ def main():
     arguments = parser.parse_args()
     room = Class(arguments.checkpoint, arguments.cfg_scale, arguments.steps, arguments.prompts)
     path = evaluate.RESULTS / "taught.md"
-    text = path.read_text() if path.exists() else ""
-    sections = {title: body for title, body in re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.M | re.S)}
     for part in arguments.parts or PARTS:
-        sections[part] = "\n" + "\n".join([*PARTS[part](room), "", f"![{part}](taught-{part}.jpg)"]) + "\n\n"
+        lines = PARTS[part](room)
+        text = path.read_text() if path.exists() else ""  # read late: another part may have been taught meanwhile
+        sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, re.M | re.S))
+        sections[part] = "\n" + "\n".join([*lines, "", f"![{part}](taught-{part}.jpg)"]) + "\n\n"
         print(part, sections[part])
         text = "# What the model in the box was taught\n\nBy `python -m training.show`, where it says how.\n\n"
         text += "".join(f"## {title}\n{sections[title]}" for title in PARTS if title in sections)
