@@ -103,7 +103,8 @@ def test_each_option_reaches_the_model(run, passed_on):
     settings, = passed_on
     scale = settings["cfg_scale"]
     assert [scale(sigma) for sigma in (0.4, 0.5, 3.0, 3.1)] == [1, 4, 4, 1]
-    assert settings["models"]["diffusion"].interval == 3 and settings["models"]["decoder"].tile_size == 64
+    assert settings["models"]["diffusion"].interval == 3
+    assert settings["models"]["decoder"].tile_size == settings["models"]["encoder"].tile_size == 64
     assert next(settings["models"]["clip"].parameters()).dtype == torch.bfloat16
     assert (settings["height"], settings["width"], settings["seed"]) == (72, 40, 5)
     read = images.read_parameters("output.png")

@@ -43,7 +43,7 @@ FOLDERS = emoji.CACHE / "taught"
 DATA = model_loader.ROOT / "data"
 LEARNT = list(emoji.COLOURS)[:7]  # backgrounds that the dodo is shown on; the other four are for the test
 SETTINGS = {"sampler_name": "dpmpp_2m", "n_inference_steps": 15}
-STEPS = {"style": 400, "object": 400, "inversion": 1500, "edges": 1500}
+STEPS = {"style": 400, "object": 400, "inversion": 1500, "edges": 600}
 
 
 class Class:
@@ -287,7 +287,7 @@ def teach_edges(room):
                 return room.grammar.draw(rng, scene), room.names[room.drawings.concepts[scene.things[0]]]
 
     folder = fill("edges", [example(scenes.STYLES) for _ in range(400)], controls=True)
-    path = room.train(controlnet, folder, "edges", "edges", "--learning-rate", "5e-4", "--batch", "8", "--float8")
+    path = room.train(controlnet, folder, "edges", "edges", "--learning-rate", "1e-3", "--batch", "8", "--float8")
     network = load_controlnet(path, "cpu", "float32", base=room.models)
     tests = [example(["blob", "firefox"]) for _ in range(room.n_prompts)]
     prompts, edges = [prompt for _, prompt in tests], [canny(picture) for picture, _ in tests]
