@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 import oracle
 from extensions.lora import add_lora
 from model_loader import preload_models_from_standard_weights
 from samplers import LCMSampler
 from training import lcm, train
+from training.lora import to_kohya
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +38,17 @@ def inputs():
 
 
 def change_all(stage):
-    for change in stage.changes.values():
+    for change in stage.modules["diffusion"].values():
         torch.nn.init.normal_(change.up, std=0.02)
 
 
 @torch.no_grad()
 def test_the_file_changes_a_model_as_training_did(stage, named, tmp_path):
     change_all(stage)
-    stage.save(tmp_path / "loras" / "lcm.safetensors")
+    save_file(to_kohya(stage.modules), tmp_path / "lcm.safetensors")
     models = preload_models_from_standard_weights(named, "cpu", "float32")
     plain = models["diffusion"](*inputs())
-    add_lora(models, tmp_path / "loras" / "lcm.safetensors")
+    add_lora(models, tmp_path / "lcm.safetensors")
     trained = stage.unet(*inputs())
     assert (trained - plain).abs().max() > 0.05
     torch.testing.assert_close(models["diffusion"](*inputs()), trained, rtol=0, atol=5e-3)  # float16's rounding
@@ -55,8 +58,7 @@ def test_the_file_changes_a_model_as_training_did(stage, named, tmp_path):
 def test_the_teacher_is_the_checkpoint(stage, named):
     change_all(stage)
     original = preload_models_from_standard_weights(named, "cpu", "float32")["diffusion"](*inputs())
-    with stage.teacher():
-        assert torch.equal(stage.unet(*inputs()), original)
+    assert torch.equal(stage.teacher(*inputs()), original)
     assert not torch.equal(stage.unet(*inputs()), original)
 
 
@@ -78,7 +80,7 @@ def test_a_network_that_is_consistent_has_no_loss(stage, monkeypatch):
     stage.prepare()
     picture = torch.full((1, 4, 8, 8), 0.3)
 
-    def predict(latents, context, timesteps):
+    def predict(latents, context, timesteps, unet=None):
         return (latents - stage.signal(timesteps) * picture) / stage.noise(timesteps)
 
     monkeypatch.setattr(stage, "predict", predict)
@@ -88,10 +90,11 @@ def test_a_network_that_is_consistent_has_no_loss(stage, monkeypatch):
 
 def test_training_changes_the_lora_alone(stage, monkeypatch, tmp_path):
     monkeypatch.setitem(train.STAGES, "lcm", lambda grammar: stage)
-    before = {name: weight.clone() for name, weight in stage.unet.named_parameters()}
+    networks = nn.ModuleDict({"unet": stage.unet, "teacher": stage.teacher, "lora": stage.modules})
+    before = {name: weight.clone() for name, weight in networks.named_parameters()}
     train.train("lcm", replace(lcm.SETTINGS, steps=2, batch=2, warmup=1, report_every=2), None, tmp_path)
-    changed = {name for name, weight in stage.unet.named_parameters() if not torch.equal(weight, before[name])}
-    assert changed == {name for name in before if name.endswith((".0.up", ".0.down"))}
+    changed = {name for name, weight in networks.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if name.startswith("lora.")}
     assert (tmp_path / "lcm-000002.png").exists()
 
 
@@ -101,7 +104,7 @@ def test_a_checkpoint_without_names_is_refused(checkpoint):
 
 
 def test_the_table_has_all_ways_to_draw(stage, named, tmp_path):
-    stage.save(tmp_path / "lcm.safetensors")
+    save_file(to_kohya(stage.modules), tmp_path / "lcm.safetensors")
     *_, guided, _, plain, distilled = lcm.evaluate(named, tmp_path / "lcm.safetensors", 3.0, 2).splitlines()
     assert guided.startswith("| 2 guided steps of dpmpp_2m | 0.0 |")
     assert plain.split("|")[2:] == distilled.split("|")[2:]  # a LoRA that was not trained changes nothing

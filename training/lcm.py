@@ -1,7 +1,7 @@
 """Four steps without guidance: distils a model into a LoRA for the LCM sampler.
 
     python -m training.lcm                # training/runs/lcm.pt, then data/loras/lcm.safetensors, then its figures
-    python cli.py "rocket emoji, noto style" --lora lcm --sampler lcm --steps 4 --cfg-scale 1
+    python cli.py "a panda on a yellow background" --lora lcm --sampler lcm --steps 4 --cfg-scale 1
 
 Latent consistency distillation (arXiv 2310.04378, algorithm 1) of a LoRA alone (arXiv 2311.05556): from any latents on
 the way, the network learns to say at once what guided DDIM would come to. It needs no drawings: the latents are the
@@ -9,49 +9,33 @@ model's own, drawn with guidance for each concept in each style that the checkpo
 """
 
 import argparse
-import contextlib
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
-from torch.nn.utils import parametrize
+from tqdm import tqdm
 
 import model_loader
 from checkpoint_file import read_checkpoint
 from ddpm import draw_noise
 from diffusion import get_time_embedding
 from extensions.lora import lora
-from model_converter import diffusers_names
-from new_file import new_file
 from pipeline import denoise, encode_prompts, generate, seed_generators
 from samplers import DPMpp2MSampler, LCMSampler
 from training import loop, teaching, train
 from training.evaluate import cut, small, write
+from training.lora import add_low_rank, to_kohya
 
 LORA = train.ROOT / "data" / "loras" / "lcm.safetensors"
-RANK = 4
+RANK = 6
 GUIDED_STEPS = 20  # that four are to stand for
 GRID = 50  # timesteps that are distilled, as the sampler picks from
 SETTINGS = loop.Settings(steps=2000, batch=16, learning_rate=1e-3, warmup=20, ema=0.98, weight_decay=0.0,
                          save_every=20, report_every=500)
-
-
-class Change(nn.Module):
-    """What is added to a weight: up @ down, nothing at the start (LoRA, arXiv 2106.09685, section 4.1)."""
-
-    def __init__(self, weight):
-        super().__init__()
-        n_in = weight[0].numel()
-        self.down = nn.Parameter(torch.randn(RANK, n_in) / n_in**0.5)
-        self.up = nn.Parameter(torch.zeros(len(weight), RANK))
-        self.on = True
-
-    def forward(self, weight):
-        return weight + (self.up @ self.down).view_as(weight) if self.on else weight
 
 
 class LcmStage:
@@ -64,16 +48,13 @@ class LcmStage:
     """
 
     def __init__(self, checkpoint, cfg_scale, n_latents):
-        self.models = model_loader.preload_models_from_standard_weights(checkpoint, "cpu", "float32")
+        self.models = teaching.load_frozen(checkpoint)
         self.tokenizer = model_loader.load_tokenizer(with_transformers=False)
-        self.unet = self.models["diffusion"].requires_grad_(False)
+        self.unet = self.models["diffusion"]
+        self.teacher = copy.deepcopy(self.unet)
         self.config = self.unet.config
         self.prompts = list_prompts(checkpoint)
-        self.changes = {name: Change(layer.weight) for name, layer in self.unet.named_modules()
-                        if isinstance(layer, (nn.Linear, nn.Conv2d))}
-        for name, change in self.changes.items():
-            parametrize.register_parametrization(self.unet.get_submodule(name), "weight", change)
-        self.modules = nn.ModuleDict({"lora": nn.ModuleList(self.changes.values())})
+        self.modules = nn.ModuleDict({"diffusion": add_low_rank("diffusion", self.unet, RANK, RANK, conv_rank=RANK)})
         self.sampler = LCMSampler(original_inference_steps=GRID)
         self.cfg_scale, self.n_latents, self.latents = cfg_scale, n_latents, None
 
@@ -83,9 +64,8 @@ class LcmStage:
             self.context, self.uncond = (encode_prompts(texts, [], self.models["clip"], self.tokenizer)
                                          for texts in (self.prompts, [""]))
             self.rows = torch.arange(self.n_latents) % len(self.prompts)
-            with self.teacher():
-                self.latents = torch.cat([self.draw(rows, 2 * 10**6 + 20 * k)
-                                          for k, rows in enumerate(self.rows.split(20))])
+            self.latents = torch.cat([self.draw(rows, 2 * 10**6 + 20 * k)
+                                      for k, rows in enumerate(tqdm(self.rows.split(20), "pictures to learn from"))])
 
     def draw(self, rows, seed):
         """Latents (rows, 4, h, w) of some prompts, drawn with guidance."""
@@ -95,18 +75,7 @@ class LcmStage:
         sampler.set_inference_timesteps(GUIDED_STEPS)
         context = torch.cat([self.context[rows], self.uncond.expand(len(rows), -1, -1)])
         noise = draw_noise(generators, (len(rows), 4, side, side))
-        return denoise(self.unet, sampler, noise, context, self.cfg_scale, progress=False)
-
-    @contextlib.contextmanager
-    def teacher(self):
-        """Within it the UNet is the one of the checkpoint."""
-        for change in self.changes.values():
-            change.on = False
-        try:
-            yield
-        finally:
-            for change in self.changes.values():
-                change.on = True
+        return denoise(self.teacher, sampler, noise, context, self.cfg_scale, progress=False)
 
     def loss(self, step, batch, generator):
         """From noisy latents, and from where one guided DDIM step leads from there, the same picture is to be seen."""
@@ -121,9 +90,8 @@ class LcmStage:
         noisy = self.signal(timesteps) * latents + self.noise(timesteps) * eps
 
         with torch.no_grad():
-            with self.teacher():
-                eps = self.predict(noisy.repeat(2, 1, 1, 1), torch.cat([context, self.uncond.expand_as(context)]),
-                                   timesteps.repeat(2))
+            eps = self.predict(noisy.repeat(2, 1, 1, 1), torch.cat([context, self.uncond.expand_as(context)]),
+                               timesteps.repeat(2), self.teacher)
             cond, uncond = eps.chunk(2)
             eps = uncond + self.cfg_scale * (cond - uncond)
             clean = (noisy - self.noise(timesteps) * eps) / self.signal(timesteps)
@@ -138,8 +106,8 @@ class LcmStage:
         eps = self.predict(latents, context, timesteps)
         return c_skip * latents + c_out * (latents - self.noise(timesteps) * eps) / self.signal(timesteps)
 
-    def predict(self, latents, context, timesteps):
-        return self.unet(latents, context, get_time_embedding(timesteps, self.config.channels[0]))
+    def predict(self, latents, context, timesteps, unet=None):
+        return (unet or self.unet)(latents, context, get_time_embedding(timesteps, self.config.channels[0]))
 
     def signal(self, timesteps):
         return torch.tensor(self.sampler.alphas_cumprod[timesteps], dtype=torch.float32).sqrt()[:, None, None, None]
@@ -153,24 +121,6 @@ class LcmStage:
         images = generate(prompts, models=self.models, tokenizer=self.tokenizer, seed=42, cfg_scale=1,
                           sampler_name="lcm", n_inference_steps=4, progress=False)
         return f"{len(prompts)} prompts from {prompts[0]!r} on", loop.sheet(images, 8 if len(prompts) == 32 else 1)
-
-    def save(self, path):
-        """Writes the LoRA as kohya's scripts do, in float16."""
-        weights = {}
-        for name, change in self.changes.items():
-            names = diffusers_names("diffusion", f"{name}.weight", self.config)
-            layer = self.unet.get_submodule(name)
-            down = change.down.view(RANK, *layer.weight.shape[1:])
-            for standard_name, up in zip(names, change.up.chunk(len(names))):
-                key = "lora_unet_" + standard_name.removesuffix(".weight").replace(".", "_")
-                ends = (1,) * (layer.weight.ndim - 2)  # of a convolution's
-                weights[f"{key}.lora_down.weight"] = down.detach().half().clone()
-                weights[f"{key}.lora_up.weight"] = up.detach().half().reshape(*up.shape, *ends).clone()
-                weights[f"{key}.alpha"] = torch.tensor(float(RANK)).half()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path, overwrite=True) as (temporary, publish):
-            save_file(weights, temporary, {"ss_network_dim": str(RANK), "ss_network_module": "networks.lora"})
-            publish()
 
 
 def list_prompts(checkpoint):
@@ -224,10 +174,13 @@ def main():
     parser.add_argument("--latents", type=int, default=600, help="pictures that the model draws first (%(default)s)")
     parser.add_argument("--prompts", type=int, default=150, help="of the table at the end (%(default)s)")
     arguments = parser.parse_args()
+    if LORA.exists():
+        raise FileExistsError(f"{LORA}: exists already; move it away")
     torch.manual_seed(0)
     stage = LcmStage(arguments.checkpoint, arguments.cfg_scale, arguments.latents)
-    loop.train("lcm", stage, replace(SETTINGS, steps=arguments.steps), train.RUNS)
-    stage.save(LORA)
+    modules = loop.train("lcm", stage, replace(SETTINGS, steps=arguments.steps), train.RUNS)
+    teaching.write(LORA, to_kohya(modules), {"ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora",
+                                             "ss_network_dim": RANK, "ss_network_alpha": RANK})
     table = evaluate(arguments.checkpoint, LORA, arguments.cfg_scale, arguments.prompts)
     text = f"# `{LORA.name}`, {LORA.stat().st_size / 1e6:.2f} MB, {arguments.steps} steps\n\n{table}\n"
     write("lcm.md", lambda target: target.write_text(text))
