@@ -1,7 +1,6 @@
 """How what was taught is judged, and the memory that teaching takes, against closed forms."""
 
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,24 +27,32 @@ def test_edges_count_within_two_pixels(monkeypatch, asked, drawn, precision, rec
     assert show.compare_edges(edges_at(*asked), edges_at(*drawn)) == (precision, recall)
 
 
+def judge(drawings):  # noqa: F811
+    room = object.__new__(show.Class)  # without a model
+    room.drawings, room.features = drawings, show.cut_drawings(drawings.rgba)
+    return room
+
+
 @pytest.mark.parametrize("background", ["white", "sky blue", "purple"])
 def test_the_judge_knows_a_drawing_however_it_is_placed(drawings, background):  # noqa: F811
-    room = SimpleNamespace(features=show.cut_drawings(drawings.rgba), drawings=drawings)
+    room = judge(drawings)
     rows, images = [0, len(drawings.rgba) - 1], []
     for k, row in enumerate(rows):
         picture = Image.new("RGB", (128, 128), emoji.COLOURS[background])
         scenes.paste(random.Random(k), picture, drawings.rgba[row].numpy(), 0.45, 0.55, 0.7, flip=k == 1)
         images.append(np.asarray(picture))
-    assert show.Class.see(room, images) == [(drawings.concepts[drawings.concept[row]], background) for row in rows]
+    assert room.see(images) == [(drawings.concepts[drawings.concept[row]], background) for row in rows]
 
 
 def test_the_judge_of_one_style_looks_at_its_drawings_alone(drawings):  # noqa: F811
-    room = SimpleNamespace(features=show.cut_drawings(drawings.rgba), drawings=drawings)
+    room = judge(drawings)
     row = int((drawings.style == 0).nonzero()[0])
     image = Image.new("RGB", (128, 128), "white")
     scenes.paste(random.Random(0), image, drawings.rgba[row].numpy(), 0.5, 0.5, 0.7, flip=False)
+    assert room.rank([np.asarray(image)] * 3, drawings.concepts[drawings.concept[row]]) == 1
+    assert room.rank([np.asarray(image)], drawings.concepts[drawings.concept[-1]]) > 1
     for style in (0, 1):
-        (concept, _), = show.Class.see(room, [np.asarray(image)], drawings.styles[style])
+        (concept, _), = room.see([np.asarray(image)], drawings.styles[style])
         has_style = drawings.concept[drawings.style == style]
         assert drawings.concepts.index(concept) in has_style
         assert style or concept == drawings.concepts[drawings.concept[row]]

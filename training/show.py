@@ -93,21 +93,33 @@ class Class:
 
     def see(self, images, style=None):
         """[(concept, background colour)] of the nearest drawing (of a style), one a picture."""
-        seen, n = [], len(self.drawings.rgba)
-        rows = range(n) if style is None else np.flatnonzero(self.drawings.style == self.drawings.styles.index(style))
-        features = self.features[np.concatenate([rows, np.add(rows, n)])]
+        seen = []
         for image in images:
-            border = np.concatenate([image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3)])
-            behind = np.median(border, axis=0)
-            different = np.abs(image - behind).max(axis=2) > 40
-            box = Image.fromarray(different.astype(np.uint8)).getbbox() or (0, 0, *image.shape[1::-1])
-            part = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BOX, box), np.float32)
-            on_it = features[..., :3] + behind * (1 - features[..., 3:])
-            row = rows[int(((on_it - part) ** 2).sum(axis=(1, 2, 3)).argmin()) % len(rows)]
+            distances, behind = self.compare(image)
+            if style is not None:
+                distances[self.drawings.style.numpy() != self.drawings.styles.index(style)] = np.inf
             colours = np.array(list(emoji.COLOURS.values()))
             colour = list(emoji.COLOURS)[((colours - behind) ** 2).sum(axis=1).argmin()]
-            seen.append((self.drawings.concepts[self.drawings.concept[row]], colour))
+            seen.append((self.drawings.concepts[self.drawings.concept[distances.argmin()]], colour))
         return seen
+
+    def rank(self, images, concept):
+        """The median place of a concept's nearest drawing among all drawings, from 1 on."""
+        places = []
+        for image in images:
+            order = self.drawings.concept.numpy()[self.compare(image)[0].argsort()]
+            places.append(1 + (order == self.drawings.concepts.index(concept)).argmax())
+        return int(np.median(places))
+
+    def compare(self, image):
+        """Squared distances (drawings,) of a picture to all of them, mirrored or not, and the colour behind it."""
+        border = np.concatenate([image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3)])
+        behind = np.median(border, axis=0)
+        different = np.abs(image - behind).max(axis=2) > 40
+        box = Image.fromarray(different.astype(np.uint8)).getbbox() or (0, 0, *image.shape[1::-1])
+        part = np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BOX, box), np.float32)
+        on_it = self.features[..., :3] + behind * (1 - self.features[..., 3:])
+        return ((on_it - part) ** 2).sum(axis=(1, 2, 3)).reshape(2, -1).min(axis=0), behind
 
     def train(self, command, folder, name, part, *options):
         """Trains by the command that anybody would use, unless the result is there already."""
@@ -243,8 +255,10 @@ def ask_for_dodos(word, n):
 
 def judge_dodos(room, before, after, colours):
     seen = [room.see(drawn) for drawn in (before, after)]
+    places = " | ".join(str(room.rank(drawn, "dodo")) for drawn in (before, after))
     return ["| | before | after |", "|---|---|---|",
             compare("the nearest drawing is the dodo", *([s[0] == "dodo" for s in part] for part in seen)),
+            f"| median place of the dodo among {len(room.drawings.rgba):,} drawings | {places} |",
             compare("on the background asked for", *([s[1] == c for s, c in zip(part, colours)] for part in seen))]
 
 
@@ -268,10 +282,11 @@ def teach_inversion(room):
                       "--learning-rate", "2e-2")
     name, vectors = load_embedding(path)
     prompts, colours = ask_for_dodos(name, room.n_prompts)
-    before = room.draw([prompt.replace(name, "bird") for prompt in prompts])
+    birds = [prompt.replace(name, "bird") for prompt in prompts]
+    before = room.draw(birds)
     context = encode_weighted(prompts, [""] * len(prompts), room.models["clip"], room.tokenizer, {name: vectors})
     after = room.draw(prompts, context)
-    before_and_after("inversion", [(prompts[:10], before[:10], after[:10])])
+    evaluate.save_sheet("taught-inversion.jpg", [*zip(before[:10], birds), *zip(after[:10], prompts)], 10)
     return ["Eight vectors that began as 'bird' (before: that word). Nothing else changes, so nothing is forgotten. "
             f"{path.stat().st_size:,} bytes.", "", *judge_dodos(room, before, after, colours)]
 
