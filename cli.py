@@ -153,6 +153,7 @@ def draw(arguments):
     """Draws `--count` pictures, and writes each to a file of its own."""
     gc.disable()  # imports and networks are made to stay; to look for garbage among them takes a tenth of a short run
     import model_loader
+    from extensions.emphasis import plain_text
     from pipeline import tell_unknown_words
 
     settings = read_settings(arguments)
@@ -169,8 +170,8 @@ def draw(arguments):
         dtype = str(next(models["diffusion"].parameters()).dtype).removeprefix("torch.")
         weights = "averaged weights (EMA)" if settings["use_ema"] else "plain weights"
         say(f"checkpoint {checkpoint}, {weights}, device {device} ({dtype}), seed {settings['seed']}")
-        told = tell_unknown_words(settings["prompt"], models["clip"].config.words)
-        if told:
+        text = settings["prompt"] if settings["plain_prompt"] else plain_text(settings["untagged_prompt"], embeddings)
+        if told := tell_unknown_words(text, models["clip"].config.words):
             say(told)
         for k, save in enumerate(savers):
             seed = settings["seed"] + k

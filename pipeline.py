@@ -214,13 +214,17 @@ def tokenize(texts: Sequence[str], tokenizer, n_tokens: int = 77) -> Tensor:
 def tell_unknown_words(text: str, words: Sequence[str]) -> str:
     """Returns one line that names the words of a prompt that the model was not trained on; nothing if it knows all, or
     if its checkpoint does not say which words it knows."""
-    asked = list(dict.fromkeys(re.findall(r"[^\W_]+", text.lower())))
+    asked = list(dict.fromkeys(split_words(text)))
     unknown = [word for word in asked if word not in words]
     if not words or not unknown:
         return ""
     known = [word for word in asked if word in words]
     rest = f"it draws {' '.join(known)!r}" if known else "it draws something"
     return f"the model in the box does not know: {', '.join(unknown)}; {rest}"
+
+
+def split_words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
 
 
 # ---- devices

@@ -12,7 +12,7 @@ import functools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -206,6 +206,15 @@ def check_texts(prompts, uncond_prompts):
             warnings.warn(f"{tag} is read as words; extensions/lora.py adds a LoRA, on the command line this does too",
                           stacklevel=3)
     return texts
+
+
+def plain_text(prompt: str, embeddings: Iterable[str] = ()) -> str:
+    """Returns the words of a prompt, of its first and last step, without its grammar and the names of embeddings."""
+    texts = dict.fromkeys(at_step(prompt, step, 2) for step in range(2))
+    text = " ".join(text for one in texts for text, weight in parse(one) if weight != -1)
+    for name in sorted(embeddings, key=len, reverse=True):
+        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", " ", text, flags=re.IGNORECASE)
+    return text
 
 
 def make_splitter(tokenizer, embeddings, config):

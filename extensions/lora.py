@@ -14,6 +14,7 @@ import math
 import re
 from collections import namedtuple
 from contextlib import contextmanager
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from checkpoint_file import CheckpointError, read_checkpoint
 from checkpoint_layout import PREFIXES, substitute
 from model_converter import NETWORKS, diffusers_names, standard_names, strip_ones
+from pipeline import split_words
 
 Layer = namedtuple("Layer", "network, module, part, n_parts")  # a third of a fused projection has rows of its own
 
@@ -47,6 +49,7 @@ def add_lora(models: dict, path, scale: float = 1.0, unet_scale: float | None = 
     """
     changes, embeddings = read_changes(models, path, scale, unet_scale, text_scale)
     apply(changes)
+    learn_words(models, path)
     return embeddings
 
 
@@ -56,18 +59,37 @@ def lora(models: dict, path, scale: float = 1.0, unet_scale: float | None = None
     were: copies of those that change are kept meanwhile. For several, put one block into the other."""
     changes, embeddings = read_changes(models, path, scale, unet_scale, text_scale)
     originals = [(layer, kind, rows(layer, kind).clone()) for layer, kind, _ in changes]
+    clip = models.get("clip")
+    config = None if clip is None else clip.config
     try:
         apply(changes)
+        learn_words(models, path)
         yield embeddings
     finally:
         for layer, kind, original in originals:
             rows(layer, kind).copy_(original)
+        if clip is not None and clip.config is not config:
+            clip.config = config
 
 
 def apply(changes):
     for layer, kind, change in changes:
         weight = rows(layer, kind)
         weight.copy_(change(weight.float()))  # in float32 often the very same tensor, and then nothing is copied
+
+
+def learn_words(models, path):
+    """Where a text encoder says which words it knows, adds those of the LoRA's captions, which kohya's scripts note as
+    {"folder": {"caption": how often, …}}."""
+    clip = models.get("clip")
+    if clip is None or not clip.config.words or Path(path).is_dir():
+        return
+    try:
+        captions = json.loads(read_checkpoint(path, mapped=True)[1].get("ss_tag_frequency", "{}"))
+        taught = {word for folder in captions.values() for caption in folder for word in split_words(caption)}
+    except (AttributeError, TypeError, ValueError):  # a stranger's note
+        return
+    clip.config = replace(clip.config, words=tuple(sorted({*clip.config.words, *taught})))
 
 
 def rows(layer, kind):

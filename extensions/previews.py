@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from decoder import DecoderConfig
 from extensions.attention_maps import overlay
-from extensions.emphasis import at_step, make_splitter, parse, split_chunks
+from extensions.emphasis import at_step, make_splitter, split_chunks
 from images import to_uint8
 from pipeline import device_of, to_network
 
@@ -52,12 +52,6 @@ def fit_linear(models):
     rows = latents.cpu().movedim(1, -1).reshape(-1, 4)
     rows = torch.cat([rows, torch.ones(len(rows), 1)], dim=1)
     return torch.linalg.lstsq(rows, colours.movedim(1, -1).reshape(-1, 3)).solution
-
-
-def plain_text(prompt):
-    """Returns the words of a prompt, of all its steps, without the grammar of weights and editing."""
-    texts = dict.fromkeys(at_step(prompt, step, 2) for step in range(2))
-    return " ".join(text for one in texts for text, weight in parse(one) if weight != -1)
 
 
 def why_no_words(request, prompt):

@@ -31,11 +31,11 @@ import model_loader
 from ddpm import eps_from_v
 from extensions.assemble import load_with
 from extensions.attention_maps import record_attention
-from extensions.emphasis import encode_weighted
+from extensions.emphasis import encode_weighted, plain_text
 from extensions.inpaint import inpaint, outpaint
 from extensions.library import is_model, named, read_embeddings, stamp, trained_name, walk
 from extensions.lora import parse_tags
-from extensions.previews import make_preview, plain_text, show_words, why_no_words
+from extensions.previews import make_preview, show_words, why_no_words
 from extensions.request import Limits, Request, check, count_steps, open_upload
 from images import fit, open_image, write_png
 from infotext import format_parameters
@@ -382,7 +382,7 @@ class Studio:
         embeddings, tokenizer = self.embeddings() | of_loras, model_loader.default_tokenizer()
         prompt = parse_tags(request.prompt)[0]
         if not job.pictures:
-            unknown = tell_unknown_words(plain_text(prompt), clip.config.words)
+            unknown = tell_unknown_words(plain_text(prompt, embeddings), clip.config.words)
             job.notes += [unknown] * bool(unknown)
         job.began = job.began or time.monotonic()
 

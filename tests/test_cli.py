@@ -213,6 +213,23 @@ def test_words_that_the_model_does_not_know(run, tmp_path):
     assert images.read_parameters("output.png")["cfg_scale"] == 3.0
     assert run("--words", "--checkpoint", tmp_path / "words.safetensors")[1] == "a cat red\n"
 
+    torch.save({"string_to_param": {"*": torch.randn(2, 32)}, "name": "x"}, tmp_path / "my-bird.pt")
+    more = ["--checkpoint", tmp_path / "words.safetensors", "--embedding", "my-bird.pt"]
+    said = run("a (red:1.3) [cat:robot:0.5], My-Bird", *more)[1]
+    assert "does not know: robot; it draws 'a red cat'" in said  # not the grammar, nor an embedding's name
+
+
+def test_a_lora_brings_the_words_of_its_captions(run, tmp_path):
+    save_file(random_weights(), tmp_path / "words.safetensors", METADATA | {"words": "a cat"})
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    weights = {f"{name}.lora_down.weight": torch.randn(4, 64), f"{name}.lora_up.weight": torch.randn(64, 4)}
+    for captions, unknown in [('{"ink": {"a cat, ink style": 3, "Robot": 1}}', "mars"), ("", "ink, style, robot, mars"),
+                              ("[1]", "ink, style, robot, mars"), ("{", "ink, style, robot, mars")]:
+        save_file(weights, tmp_path / "style.safetensors", {"ss_tag_frequency": captions})
+        said = run(f"a cat, ink style, robot on Mars <lora:{tmp_path}/style.safetensors:1>", "--checkpoint",
+                   tmp_path / "words.safetensors", "--overwrite")[1]
+        assert f"does not know: {unknown.replace('mars', 'on, mars')}; it draws" in said, captions
+
 
 def test_half_precision_that_fails_is_drawn_again_in_float32(run, monkeypatch):
     def fail_in_bfloat16(*arguments, **settings):

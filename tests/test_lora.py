@@ -543,3 +543,16 @@ def test_parse_tags(prompt, rest, tags):
 def test_tags_that_are_refused(prompt):
     with pytest.raises(ValueError, match=re.escape(prompt)):
         parse_tags(f"an apple {prompt}")
+
+
+def test_words_are_known_as_long_as_the_lora_is_there(models, tmp_path):
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    weights = {f"{name}.lora_down.weight": torch.ones(4, 64), f"{name}.lora_up.weight": torch.zeros(64, 4)}
+    save_file(weights, tmp_path / "ink.safetensors", {"ss_tag_frequency": '{"10_ink": {"a cat, ink": 2, "2 Dogs": 1}}'})
+    clip = CLIP(replace(models["clip"].config, words=("a", "cat")))
+    clip.load_state_dict(models["clip"].state_dict())
+    with lora(models | {"clip": clip}, tmp_path / "ink.safetensors"):
+        assert clip.config.words == ("2", "a", "cat", "dogs", "ink")
+    assert clip.config.words == ("a", "cat")
+    with lora(models, tmp_path / "ink.safetensors"):
+        assert models["clip"].config.words == ()  # what knows all words goes on to know them

@@ -54,7 +54,7 @@ def wilson(hits, n):
     """The 95% interval of a share (Wilson 1927)."""
     z, p = 1.96, hits / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    return max(middle - half, 0.0) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 def small(pictures):
