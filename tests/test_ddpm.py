@@ -175,6 +175,8 @@ def test_strength_leaves_the_last_steps_however_often_it_is_set():
             sampler.set_strength(strength)
             assert sampler.timesteps == everything[n - steps:]
             assert len(sampler.coefficients) == steps
+        sampler.set_strength()
+        assert sampler.timesteps == everything
 
 
 def test_too_little_strength_names_the_least_that_works():
