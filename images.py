@@ -17,6 +17,8 @@ from new_file import new_file
 # Pixels alone: Pillow starts Ghostscript for an EPS file, whatever its name.
 FORMATS = ["AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP", "TGA"]
 
+MAX_PIXELS = 2**26  # 8192 x 8192; a file of 200 kB may hold more than a hundred million, and take gigabytes
+
 # Pillow reads no PNG file with a text or a colour profile beyond 1 MB; this is its bound for all texts of a file.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
@@ -37,14 +39,18 @@ def open_image(image, name: str = "input_image") -> Image.Image:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no picture, or damaged.
+        ValueError: it is no picture, or damaged, or a file with more than 67 million pixels.
     """
     name, image = as_image(image, name)
     with one_line(name):
         image = ImageOps.exif_transpose(image)
         alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
         rgb = convert_to_srgb(image, name)
-        return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha) if alpha else rgb
+        if not alpha:
+            return rgb
+        white = Image.new("RGB", rgb.size, "white")
+        white.paste(rgb, mask=alpha)
+        return white
 
 
 def as_image(image, name="input_image"):
@@ -102,6 +108,8 @@ def load_file(file, name="input_image"):
     if is_path and not os.path.isfile(file):
         raise FileNotFoundError(f"{name}: no such image; give the path of a picture file")
     with one_line(name), Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"it has {image.width}x{image.height} pixels; at most {MAX_PIXELS:,} are read")
         image.load()
         return name, image
 

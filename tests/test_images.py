@@ -188,6 +188,14 @@ def test_damaged_files_get_one_line_with_their_path(tmp_path):
         open_image("nowhere.png")
 
 
+def test_a_small_file_of_very_many_pixels_is_refused(tmp_path):
+    Image.new("1", (8200, 8192)).save(tmp_path / "wide.png")
+    assert (tmp_path / "wide.png").stat().st_size < 100_000
+    for read in (open_image, images.read_parameters):
+        with pytest.raises(ValueError, match=r"wide.png.* 8200x8192 pixels; at most 67,108,864"):
+            read(tmp_path / "wide.png")
+
+
 @pytest.mark.parametrize("given, message", [
     ([picture(), picture()], "input_image is a list of 2; give one picture"),
     (np.zeros((3, 8, 9), np.uint8), r"input_image has shape \(3, 8, 9\); allowed"),
