@@ -6,7 +6,6 @@ from pathlib import Path
 
 import model_loader
 from checkpoint_file import CheckpointError, read_checkpoint
-from extensions.textual_inversion import find_embeddings
 
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
@@ -64,8 +63,3 @@ def trained_name(path, *stamp):
         return read_checkpoint(path, mapped=True)[1].get("ss_output_name", "")
     except (CheckpointError, OSError):
         return ""
-
-
-@functools.lru_cache(maxsize=1)
-def read_embeddings(folder, files):
-    return find_embeddings(folder)

@@ -10,6 +10,7 @@
 What is in data/ goes by name alone: no path of a request's reaches the disk.
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -33,10 +34,11 @@ from extensions.assemble import load_with
 from extensions.attention_maps import record_attention
 from extensions.emphasis import encode_weighted, plain_text
 from extensions.inpaint import inpaint, outpaint
-from extensions.library import is_model, named, read_embeddings, stamp, trained_name, walk
+from extensions.library import is_model, named, stamp, trained_name, walk
 from extensions.lora import parse_tags
 from extensions.previews import make_preview, show_words, why_no_words
 from extensions.request import Limits, Request, check, count_steps, open_upload
+from extensions.textual_inversion import find_embeddings
 from images import fit, open_image, write_png
 from infotext import format_parameters
 from model_loader import ROOT
@@ -45,6 +47,11 @@ from pipeline import choose_size, generate, own_schedule, tell_unknown_words
 from samplers import SAMPLERS
 
 __all__ = ["Busy", "Job", "Limits", "Picture", "Request", "Studio", "open_upload"]
+
+
+@functools.lru_cache(maxsize=1)
+def read_embeddings(folder, files):
+    return find_embeddings(folder)
 
 
 class Busy(Exception):

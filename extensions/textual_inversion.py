@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoint_file import CheckpointError, read_checkpoint
+from extensions.library import walk
 
 PICTURES = (".png", ".webp")
 FILES = (".pt", ".bin", ".safetensors", *PICTURES)
@@ -57,11 +58,12 @@ def load_embedding(path: str | os.PathLike) -> tuple[str, Tensor]:
 
 
 def find_embeddings(folder: str | os.PathLike) -> dict[str, Tensor]:
-    """Returns {name: vectors} of all embeddings in a folder and those in it, by the files' names and by their own.
+    """Returns {name: vectors} of all embeddings in a folder and below, links followed, by the files' names and by their
+    own.
 
     Pictures beside a file of their name are its previews. What cannot be used is left out, with a warning.
     """
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in FILES)
+    paths = sorted(path for path in walk(folder) if path.suffix.lower() in FILES)
     stems = {path.with_suffix("") for path in paths if path.suffix.lower() not in PICTURES}
     found = {}
     for path in paths:

@@ -188,6 +188,12 @@ def test_a_folder_is_searched(tmp_path):
     assert {name: len(vectors) for name, vectors in found.items()} == {"one": 3, "two": 2, "<toy>": 2}
     assert find_embeddings(tmp_path / "nowhere") == {}
 
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "linked").symlink_to(tmp_path / "more")
+    (tmp_path / "more" / "back").symlink_to(data)  # a circle is walked once
+    assert list(find_embeddings(data)) == ["two", "<toy>"]
+
 
 def encode_by_transformers(weights, tokenizer, prompt, name, vectors):
     """As diffusers does: a token is added for each vector, its row put into a larger token embedding, and the name in
