@@ -417,6 +417,18 @@ def test_compressed_entries_are_refused(written, tmp_path, name):
         read_checkpoint(tmp_path / "packed.ckpt")
 
 
+@pytest.mark.parametrize("more, n", [("other/data.pkl", 2), ("", 0)])
+def test_an_archive_has_one_pickle(written, tmp_path, more, n):
+    with (zipfile.ZipFile(written({"a": torch.zeros(2)})) as old,
+          zipfile.ZipFile(tmp_path / "several.ckpt", "w") as new):
+        for entry in old.namelist():
+            new.writestr(entry if more else entry.replace("data.pkl", "data.txt"), old.read(entry))
+        if more:
+            new.writestr(more, old.read(next(name for name in old.namelist() if name.endswith("data.pkl"))))
+    with pytest.raises(CheckpointError, match=f"several.ckpt: found a zip archive with {n} files 'data.pkl'"):
+        read_checkpoint(tmp_path / "several.ckpt")
+
+
 def test_items_of_a_tensor_cannot_be_set(tmp_path):
     tensor = REBUILD + b"((" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x02tQ"
     tensor += b"K\x00K\x02\x85K\x01\x85\x89NtR"
