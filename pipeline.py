@@ -224,6 +224,7 @@ def tell_unknown_words(text: str, words: Sequence[str]) -> str:
 
 
 def split_words(text: str) -> list[str]:
+    """Returns the words and numbers of a text in lower case, as `CLIPConfig.words` has them."""
     return re.findall(r"[^\W_]+", text.lower())
 
 

@@ -47,9 +47,9 @@ def add_lora(models: dict, path, scale: float = 1.0, unet_scale: float | None = 
         CheckpointError: it is of another kind or for another model, or broken; the weights are as they were.
         ValueError: the models are packed, or a scale is no number.
     """
-    changes, embeddings = read_changes(models, path, scale, unet_scale, text_scale)
+    changes, embeddings, words = read_changes(models, path, scale, unet_scale, text_scale)
     apply(changes)
-    learn_words(models, path)
+    learn_words(models, words)
     return embeddings
 
 
@@ -57,13 +57,13 @@ def add_lora(models: dict, path, scale: float = 1.0, unet_scale: float | None = 
 def lora(models: dict, path, scale: float = 1.0, unet_scale: float | None = None, text_scale: float | None = None):
     """As `add_lora`, for a `with` block, which is given the embeddings. After it the weights are bit for bit what they
     were: copies of those that change are kept meanwhile. For several, put one block into the other."""
-    changes, embeddings = read_changes(models, path, scale, unet_scale, text_scale)
+    changes, embeddings, words = read_changes(models, path, scale, unet_scale, text_scale)
     originals = [(layer, kind, rows(layer, kind).clone()) for layer, kind, _ in changes]
     clip = models.get("clip")
     config = None if clip is None else clip.config
     try:
         apply(changes)
-        learn_words(models, path)
+        learn_words(models, words)
         yield embeddings
     finally:
         for layer, kind, original in originals:
@@ -78,18 +78,11 @@ def apply(changes):
         weight.copy_(change(weight.float()))  # in float32 often the very same tensor, and then nothing is copied
 
 
-def learn_words(models, path):
-    """Where a text encoder says which words it knows, adds those of the LoRA's captions, which kohya's scripts note as
-    {"folder": {"caption": how often, …}}."""
+def learn_words(models, words):
+    """Adds words to those that a text encoder says it knows, if it says so."""
     clip = models.get("clip")
-    if clip is None or not clip.config.words or Path(path).is_dir():
-        return
-    try:
-        captions = json.loads(read_checkpoint(path, mapped=True)[1].get("ss_tag_frequency", "{}"))
-        taught = {word for folder in captions.values() for caption in folder for word in split_words(caption)}
-    except (AttributeError, TypeError, ValueError):  # a stranger's note
-        return
-    clip.config = replace(clip.config, words=tuple(sorted({*clip.config.words, *taught})))
+    if clip is not None and clip.config.words:
+        clip.config = replace(clip.config, words=tuple(sorted({*clip.config.words, *words})))
 
 
 def rows(layer, kind):
@@ -169,13 +162,14 @@ OTHERS = {
 
 
 def read_lora(path):
-    """Returns [(key, tensor, what PEFT's configuration says of its network, or {})] of a file or folder."""
+    """Returns [(key, tensor, what PEFT's configuration says of its network, or {})] of a file or folder, and the words
+    of the captions that it was trained on, as far as it names them."""
     path = Path(path)
     folders = [path, path / "unet", path / "text_encoder"] if path.is_dir() else []
     files = [next((folder / name for name in FILES if (folder / name).is_file()), None) for folder in folders] or [path]
     if not any(files):
         raise FileNotFoundError(f"{path}: no LoRA in this folder; expected one of {', '.join(FILES)}")
-    entries = []
+    entries, words = [], set()
     for file in filter(None, files):
         try:
             weights, metadata = read_checkpoint(file)
@@ -184,13 +178,23 @@ def read_lora(path):
             raise CheckpointError(f"{error}{', not the list of cloneofsimo' * is_list}") from None
         refuse_others(file, list(map(str, weights)), metadata)
         configs = read_configs(file, metadata)
+        words |= read_words(metadata)
         for key, tensor in weights.items():
             check_tensor(f"{file}: {key!r}", tensor)
             config = next((config for start, config in configs.items() if str(key).startswith(start)), {})
             entries.append((str(key), tensor, config))
     if not entries:
         raise CheckpointError(f"{path}: found no weights; expected a LoRA for SD 1.x")
-    return entries
+    return entries, words
+
+
+def read_words(metadata):
+    """Returns the words of the captions that kohya's scripts note, {"folder": {"caption": how often, …}}."""
+    try:
+        captions = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        return {word for folder in captions.values() for caption in folder for word in split_words(caption)}
+    except (AttributeError, TypeError, ValueError):  # a stranger's note
+        return set()
 
 
 def refuse_others(file, keys, metadata):
@@ -236,13 +240,13 @@ def read_configs(file, metadata):
 
 
 def read_changes(models, path, scale, unet_scale, text_scale):
-    """Returns ([(Layer, "weight" or "bias", function from its values to the changed ones)], embeddings)."""
+    """Returns ([(Layer, "weight" or "bias", function from its values to the changed ones)], embeddings, words)."""
     scales = {network: scale if own is None else own for network, own in
               (("diffusion", unet_scale), ("clip", text_scale))}
     for number in scales.values():
         if not isinstance(number, Real) or not math.isfinite(number):
             raise ValueError(f"the scale of a LoRA is {number!r}; give a number such as 0.8")
-    layers, entries = find_layers(models), read_lora(path)
+    layers, (entries, words) = find_layers(models), read_lora(path)
 
     embeddings, found, unknown = {}, {}, []
     for key, tensor, config in entries:
@@ -278,7 +282,8 @@ def read_changes(models, path, scale, unet_scale, text_scale):
                   if any(re.search(rf"attn2[._]to_[kv].*\b{width}\b", text) for text in misfits)]
         raise CheckpointError(f"{path}: {len(misfits)} of {len(changes)} changes do not fit this model's layers: "
                               f"{'; '.join(misfits[:3])}; expected a LoRA for SD 1.x{', not '.join(['', *others])}")
-    return [(layer, kind, change) for (layer, kind), change in changes.items() if scales[layer.network]], embeddings
+    changes = [(layer, kind, change) for (layer, kind), change in changes.items() if scales[layer.network]]
+    return changes, embeddings, words
 
 
 def plan_change(tensors, name, config, scale, shape):

@@ -222,7 +222,7 @@ def test_all_layers_of_the_full_size_model(tmp_path):
                 tensors[f"{stem}.alpha"] = torch.tensor(1.0)
     assert len(tensors) == 3 * (278 + 72)
     save_file(tensors, tmp_path / "lora.safetensors")
-    changes, _ = read_changes(own, tmp_path / "lora.safetensors", 1.0, None, None)
+    changes, *_ = read_changes(own, tmp_path / "lora.safetensors", 1.0, None, None)
     assert len({(layer, kind) for layer, kind, _ in changes}) == 278 + 72
 
 
