@@ -19,6 +19,7 @@ art has no colours: a picture counts as ink if at most a twentieth of what is dr
 """
 
 import argparse
+import functools
 import random
 import re
 import shutil
@@ -137,6 +138,7 @@ class Class:
         asked = self.known_things()[: self.n_prompts]
         return [concept for concept, _ in asked], [prompt for _, prompt in asked]
 
+    @functools.cached_property
     def own_pictures(self):
         """24 (picture, prompt) as the model draws them, of other concepts as far as there are."""
         prompts = [prompt for _, prompt in self.known_things()[-24:]]
@@ -222,7 +224,7 @@ def teach_style(room):
         return room.grammar.draw(rng, scenes.Scene((number[concept],), (None,), style="ink"))
 
     taught = [(picture(concept), f"{room.names[concept]}, ink style") for concept in learnt]
-    folder = fill("ink", taught + room.own_pictures())
+    folder = fill("ink", taught + room.own_pictures)
     path = room.train(lora, folder, "ink", "style", "--learning-rate", "2e-3", "--networks", "unet", "text")
     prompts = [f"{room.names[concept]}, ink style" for concept in asked]
     new_drawn, old_drawn, old = draw_with_lora(room, path, "style", prompts)
@@ -239,10 +241,11 @@ def teach_style(room):
                     *([s[0] == name for s, name in zip(room.see(drawn), old)] for drawn in old_drawn))]
 
 
-def dodos(room):
-    """Twelve pictures of the dodo, on seven backgrounds."""
+def dodos(room, word):
+    """Twelve (picture, caption) of the dodo, called by a word, on seven backgrounds."""
     rng, number = random.Random(0), room.drawings.concepts.index("dodo")
-    return [(room.grammar.draw(rng, scenes.Scene((number,), (None,), background=colour, style="noto")), colour)
+    return [(room.grammar.draw(rng, scenes.Scene((number,), (None,), background=colour, style="noto")),
+             f"a {word} on a {colour} background" if colour != "white" else f"a {word}")
             for colour in [*LEARNT, *["white"] * 5]]
 
 
@@ -263,9 +266,7 @@ def judge_dodos(room, before, after, colours):
 
 
 def teach_object(room):
-    taught = [(picture, f"a dodo on a {colour} background" if colour != "white" else "a dodo")
-              for picture, colour in dodos(room)]
-    folder = fill("dodo", taught + room.own_pictures())
+    folder = fill("dodo", dodos(room, "dodo") + room.own_pictures)
     path = room.train(lora, folder, "dodo", "object", "--learning-rate", "2e-3", "--networks", "unet", "text")
     prompts, colours = ask_for_dodos("dodo", room.n_prompts)
     drawn, old_drawn, old = draw_with_lora(room, path, "object", prompts)
@@ -276,8 +277,7 @@ def teach_object(room):
 
 
 def teach_inversion(room):
-    folder = fill("my-dodo", [(picture, f"a my-dodo on a {colour} background" if colour != "white" else "a my-dodo")
-                              for picture, colour in dodos(room)])
+    folder = fill("my-dodo", dodos(room, "my-dodo"))
     path = room.train(textual_inversion, folder, "my-dodo", "inversion", "--init", "bird", "--vectors", "8",
                       "--learning-rate", "2e-2")
     name, vectors = load_embedding(path)
