@@ -81,7 +81,7 @@ def test_files_it_names_exist():
 
 def test_options_it_names_exist():
     files = [ROOT / "cli.py", *ROOT.glob("extensions/*.py"), *ROOT.glob("training/*.py")]
-    options = {option for file in files for option in re.findall(r'"(--[a-z-]+)"', file.read_text())}
+    options = {option for file in files for option in re.findall(r'(?:add\(|name=)"(--[a-z-]+)"', file.read_text())}
     assert set(re.findall(r"(?<!\S)[`(]*(--[a-z][a-z-]+)", TEXT)) - {"--help", "--index-url"} <= options
 
 
