@@ -470,6 +470,20 @@ def test_a_legacy_file_without_one_of_its_storages(written):
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize("counts", [[2**33], [20, 20], [20, 1]])
+def test_a_legacy_file_that_is_shorter_than_its_storages(tmp_path, counts):
+    """Nothing is allocated for bytes that the file cannot hold, in one storage or in all of them together."""
+    tensors = b"".join(text(str(k)) + REBUILD + b"((" + text("storage") + b"ctorch\nDoubleStorage\n" + text(str(k))
+                       + text("cpu") + b"\x8a\x08" + struct.pack("<q", count) + b"NtQK\x00K\x01\x85K\x01\x85\x89NtR"
+                       for k, count in enumerate(counts))
+    header = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {"little_endian": True}]
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(b"".join(pickle.dumps(x, 2) for x in header) + b"\x80\x02}(" + tensors + b"u."
+                     + pickle.dumps([], 2))
+    with pytest.raises(CheckpointError, match="shorter than the weights" if sum(counts) > 30 else "without some"):
+        read_checkpoint(path)
+
+
 # ---- honest files
 
 

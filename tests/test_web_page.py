@@ -217,7 +217,7 @@ def test_two_tabs_at_once(tab, browser, url, studio):
             page.locator("#draw").wait_for()
     expect(tab.locator("#text textarea")).to_have_value(re.compile("a cat\n.*Seed: 1,"))
     expect(other.locator("#text textarea")).to_have_value(re.compile("a dog\n.*Seed: 2,"))
-    assert other.locator("#gallery img").count() == 1
+    expect(other.locator("#gallery img")).to_have_count(1)
     other.close()
 
 

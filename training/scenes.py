@@ -214,7 +214,7 @@ class Grammar:
         return sorted(set(re.findall(r"[a-z0-9'-]+", re.sub(r"{\w+}", " ", " ".join(texts)))))
 
     def any_scene(self, rng):
-        kind = rng.choices(["whole", "position", "count", "pair"], [36, 18, 18, 28])[0]
+        kind = rng.choices(["whole", "position", "count", "pair"], [30, 16, 16, 38])[0]
         things = tuple(rng.sample(range(len(self.world)), 2 if kind == "pair" else 1))
         layout = {"whole": "whole", "position": rng.choice(list(POSITIONS)), "count": rng.choice(list(COUNTS)),
                   "pair": rng.choice(list(RELATIONS))}[kind]
