@@ -100,6 +100,33 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(small, tmp_path,
     assert [int(row["step"]) for row in log] == [0, 1, 2, 3]
 
 
+def test_a_run_reports_how_it_does_on_what_is_held_out(small, monkeypatch):
+    with monkeypatch.context() as patch:
+        quiet(patch)
+        train.train("vae", SETTINGS, small, train.RUNS)
+    fill_store(small)
+    # With three drawings hardly any combination is held out.
+    monkeypatch.setattr(small, "held_out_scenes", lambda rng, kind, n: [small.scene(rng) for _ in range(n)])
+    settings = replace(SETTINGS, report_every=2)
+    train.train("diffusion", settings, small, train.RUNS)
+    reports = list(csv.reader(open(train.RUNS / "diffusion-reports.csv")))
+    assert [step for step, _ in reports] == ["2", "4"]
+    assert all(0.5 < float(text.removeprefix("held-out loss ")) < 2 for _, text in reports)  # of networks this young
+    assert {path.name for path in train.RUNS.glob("diffusion*.png")} == {
+        "diffusion-000002.png", "diffusion-000004.png", "diffusion-loss.png"}
+
+
+def test_the_chart_of_a_loss():
+    """Twice as high at first as later: the line begins at the top, and ends half way down."""
+    picture = np.asarray(loop.chart([0.2] * 500 + [0.1] * 500))
+    height, width = picture.shape[:2]
+    blue = (picture[..., 2].astype(int) - picture[..., 0] > 50)
+    for columns, row in [(slice(10, width // 2 - 10), 0), (slice(width // 2 + 10, width - 10), height / 2)]:
+        rows = np.nonzero(blue[:, columns])[0]
+        assert len(rows) and abs(rows - row).max() <= 2
+    assert loop.chart([0.3]).size == (width, height)
+
+
 def test_two_processes_take_the_mean_of_their_weights(monkeypatch):
     weights = [torch.nn.Parameter(torch.full((2, 3), 1.0)), torch.nn.Parameter(torch.full((4,), 2.0))]
     other = torch.cat([torch.full((6,), 3.0), torch.full((4,), 6.0)])  # what the other process sends

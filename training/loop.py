@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import trange
@@ -93,7 +93,7 @@ def train(name, stage, settings, folder):
 
     Args:
         name: of the files that are written to `folder`: NAME.pt (all that is needed to go on), NAME.csv (a row a step)
-            and NAME-STEP.png (what the stage reports).
+            and its loss as a chart, NAME-loss.png; NAME-reports.csv and NAME-STEP.png (what the stage reports).
     """
     rank, processes = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     stage.modules.train()
@@ -146,7 +146,9 @@ def train(name, stage, settings, folder):
             if done % settings.save_every == 0 or done == settings.steps:
                 save_all()
             if done % settings.report_every == 0 or done == settings.steps:
-                report(stage, ema, f"{name} {done}", folder / f"{name}-{done:06}.png", progress)
+                text = report(stage, ema, folder / f"{name}-{done:06}.png")
+                progress.write(f"{name} {done}: {text}")
+                log.report(done, text)
     except KeyboardInterrupt:
         if rank == 0 and done > start:
             save_all()
@@ -212,8 +214,8 @@ def learning_rate(step, settings):
     return settings.learning_rate * warm * min(1.0, left)
 
 
-def report(stage, ema, title, path, progress):
-    """Prints what the stage says of itself with its EMA weights, and keeps its sheet of pictures."""
+def report(stage, ema, path):
+    """Returns what the stage says of itself with its EMA weights, and keeps its sheet of pictures."""
     plain = {key: weight.clone() for key, weight in stage.modules.state_dict().items()}
     stage.modules.load_state_dict(ema, strict=False)
     try:
@@ -221,9 +223,9 @@ def report(stage, ema, title, path, progress):
             text, picture = stage.report()
     finally:
         stage.modules.load_state_dict(plain)
-    progress.write(f"{title}: {text}")
     if picture:
         picture.save(path)
+    return text
 
 
 class Log:
@@ -231,17 +233,38 @@ class Log:
 
     def __init__(self, path, start):
         rows = list(csv.reader(open(path)))[1:] if path.exists() else []
-        rows = [row for row in rows if int(row[0]) < start]
+        self.path, self.rows = path, [row for row in rows if int(row[0]) < start]
         self.file = open(path, "w", newline="")
         self.writer = csv.writer(self.file)
-        self.writer.writerows([["step", "loss", "samples_per_second"], *rows])
+        self.writer.writerows([["step", "loss", "samples_per_second"], *self.rows])
         self.flush()  # or a kill before the next checkpoint would lose them
 
     def write(self, step, loss, samples):
-        self.writer.writerow([step, f"{loss:.5f}", f"{samples:.1f}"])
+        self.rows.append([step, f"{loss:.5f}", f"{samples:.1f}"])
+        self.writer.writerow(self.rows[-1])
+
+    def report(self, step, text):
+        """Adds what a stage says of itself to NAME-reports.csv, and draws NAME-loss.png."""
+        with open(self.path.with_name(f"{self.path.stem}-reports.csv"), "a", newline="") as file:
+            csv.writer(file).writerow([step, text])
+        losses = [float(loss) for _, loss, _ in self.rows]
+        chart(losses).save(self.path.with_name(f"{self.path.stem}-loss.png"))
 
     def flush(self):
         self.file.flush()
+
+
+def chart(losses, width=640, height=200):
+    """A picture of a loss over the steps: means of a hundredth of the run each, from 0 at the bottom."""
+    part = math.ceil(len(losses) / 100)
+    means = [sum(some) / len(some) for some in (losses[k : k + part] for k in range(0, len(losses), part))]
+    picture = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(picture)
+    points = [((width - 1) * (k + 0.5) / len(means), (height - 1) * (1 - mean / max(*means, 1e-9)))
+              for k, mean in enumerate(means)]
+    pen.line(points, "steelblue", width=2)
+    pen.text((width - 4, 4), f"loss of {len(losses)} steps: {means[0]:.4f} to {means[-1]:.4f}", "black", anchor="rt")
+    return picture
 
 
 def save(path, state):
