@@ -1,6 +1,7 @@
 """A picture, from command to file: how long does it take, and how much memory, next to diffusers and others?
 
     python -m benchmarks.picture [--rounds 3] [--only-small] [--only ours diffusers openvino stable-diffusion.cpp]
+                                 [--ways "4 LCM steps" "4 LCM steps, tiny VAE"]
 
 First the command with the embedded model, 20 steps, and `--help`, each in a fresh process: wall and CPU seconds (of all
 threads). Aims: a picture in 1.5 s of wall time on two cores, the help in 0.3 s of CPU time.
@@ -9,7 +10,8 @@ Then pictures of 512x512 pixels from one random checkpoint of full size, in bflo
 and else in float32, each in a process of its own that imports, loads, draws and writes a file: 20 guided steps of DDIM;
 4 unguided steps of LCM; the same with the tiny VAE. Peers: diffusers; diffusers with its UNet through OpenVINO (as
 `benchmarks.unet_step` converts it, which is not counted); stable-diffusion.cpp, where `stable_diffusion_cpp` is
-installed. All take turns. Peak memory is resident memory, files that are mapped included.
+installed. All take turns, after one picture each in the last of the ways, which reads the files from disk and is not
+counted. Peak memory is resident memory, files that are mapped included.
 
 Writes benchmarks/results/picture-PROCESSOR.md.
 """
@@ -139,17 +141,18 @@ def draw_in_child(name, way):
     print(json.dumps({"resident": measure.resident_memory("VmHWM")}))
 
 
-def full_size_rows(rounds, names):
+def full_size_rows(rounds, names, ways):
     """Returns rows: way, name, seconds from command to file, MiB, ours / this, and this way's share of the first's."""
     measure.random_checkpoint(), measure.diffusers_config(), tiny_vae()
+    for name in names:
+        measure.in_child("benchmarks.picture", "--child", name, ways[-1])
     rows, first = [], {}
-    for way in WAYS:
+    for way in ways:
         results = {name: [] for name in names}
-        for round in range(rounds + 1):
+        for round in range(rounds):
             for name in names:
-                result = measure.in_child("benchmarks.picture", "--child", name, way)
-                print(f"round {round} {way}, {name}: {result['process']:.1f} s", flush=True)
-                results[name] += [result] * (round > 0)  # the first reads the files from disk
+                results[name].append(measure.in_child("benchmarks.picture", "--child", name, way))
+                print(f"round {round} {way}, {name}: {results[name][-1]['process']:.1f} s", flush=True)
         for name in names:
             seconds = measure.median(results[name], "process")
             times = {key: [row["process"] for row in results[key]] for key in ("ours", name)}
@@ -163,6 +166,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=list(PEERS), help="beside ours (all that are installed)")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--only-small", action="store_true", help="the command alone, without the full size")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -176,8 +180,9 @@ def main():
         names = [name for name in names if name not in needs or arguments.only or find_spec(needs[name])]
         if "openvino" in names and not (measure.CACHE / "openvino-unet.xml").exists():
             sys.exit("error: the UNet is not converted for OpenVINO; run python -m benchmarks.unet_step first")
-        header = ["512x512", "", "command to file, s", "peak resident, MiB", "ours / this", "of its 20 guided steps"]
-        rows = full_size_rows(arguments.rounds, names)
+        header = ["512x512", "", "command to file, s", "peak resident, MiB", "ours / this",
+                  f"of its {arguments.ways[0]}"]
+        rows = full_size_rows(arguments.rounds, names, arguments.ways)
         text += f"\n\n{measure.table(header, rows)}\n\nIn {str(dtype()).removeprefix('torch.')}."
     measure.write(f"picture-{measure.processor()}.md",
                   f"{text}\n\nMedians of {arguments.rounds} rounds. {measure.peer_versions()}")

@@ -12,8 +12,8 @@ is nearest to it (L2), among those of *all* combinations of its kind, so that ch
 - `pair`: left and right, or top and bottom, are each nearest to one of all things; the split that fits better counts.
 - `background`: every thing in every style, on every plain colour and in every place.
 
-Beside it stands what a classifier sees that was trained on real renderings alone (`judge.py`), and what it sees in the
-real renderings of the same scenes: no model can be judged better than that. Intervals are Wilson's, 95%.
+Beside it stands what a classifier sees that was trained on real renderings alone (`judge.py`), and what both see in
+other real renderings of the same scenes: no model can be judged better than that. Intervals are Wilson's, 95%.
 """
 
 import argparse
@@ -178,23 +178,24 @@ def questions(kind):
             f"thing × {kind}, both": lambda seen, right: seen == right}
 
 
-HEAD = "| prompts | right | 95% interval | by the classifier | real renderings, by the classifier |"
+HEAD = "| prompts | right | 95% interval | real renderings | by the classifier | real renderings, by the classifier |"
 
 
 def evaluate(models, tokenizer, grammar, n, cfg_scale):
     """Returns the Markdown of all tables."""
     nearest, classifier, rng = Judge(grammar), load_stage("judge", grammar)["judge"], random.Random(0)
-    lines = [f"| held-out combinations {HEAD}", "|---|---|---|---|---|---|"]
-    wordings = [f"| the same in held-out wordings {HEAD}", "|---|---|---|---|---|---|"]
+    lines = [f"| held-out combinations {HEAD}", "|---|---|---|---|---|---|---|"]
+    wordings = [f"| the same in held-out wordings {HEAD}", "|---|---|---|---|---|---|---|"]
     shown, drawn = [], []
     for kind in KINDS:
         chosen = held_out_scenes(grammar, kind, n)
         right = [answer(kind, scene) for scene in chosen]
-        real = see(classifier, grammar, kind, np.stack([grammar.draw(rng, scene) for scene in chosen]))
+        real = np.stack([grammar.draw(rng, scene) for scene in chosen])
+        real_seen = [nearest.see(kind, real), see(classifier, grammar, kind, real)]
         for table, wording in ((lines, scenes.TRAINED), (wordings, scenes.HELD_OUT)):
             prompts = [grammar.caption(rng, scene, wording) for scene in chosen]
             pictures = draw(prompts, models, tokenizer, cfg_scale)
-            judges = [nearest.see(kind, pictures), see(classifier, grammar, kind, pictures), real]
+            judges = [nearest.see(kind, pictures), real_seen[0], see(classifier, grammar, kind, pictures), real_seen[1]]
             for row, is_right in questions(kind).items():
                 table.append(table_row(row, *([is_right(a, b) for a, b in zip(seen, right)] for seen in judges)))
             if wording == scenes.TRAINED:
@@ -205,11 +206,11 @@ def evaluate(models, tokenizer, grammar, n, cfg_scale):
     plain_scenes = [scenes.Scene((thing,), (None,)) for thing in range(len(grammar.world))]
     prompts = [f"{scenes.article(t.singular) if t.plural else ''}{t.singular}" for t in grammar.world]
     pictures = draw(prompts, models, tokenizer, cfg_scale)
-    seen = nearest.nearest("thing", cut(pictures))[0]
-    real = np.stack([grammar.draw(rng, scene) for scene in plain_scenes])
-    classified = [[a == s.things[0] for (a, _), s in zip(see(classifier, grammar, "position", found), plain_scenes)]
-                  for found in (pictures, real)]
-    lines.append(table_row("every thing, plain", [a == s.things for a, s in zip(seen, plain_scenes)], *classified))
+    hits = []
+    for found in (pictures, np.stack([grammar.draw(rng, scene) for scene in plain_scenes])):
+        seen = nearest.nearest("thing", cut(found))[0], [(a,) for a, _ in see(classifier, grammar, "position", found)]
+        hits.append([[a == scene.things for a, scene in zip(by_one, plain_scenes)] for by_one in seen])
+    lines.append(table_row("every thing, plain", hits[0][0], hits[1][0], hits[0][1], hits[1][1]))
     save_sheet("things.jpg", list(zip(pictures, prompts)), 14)
     lines.append(style_row(models, tokenizer, grammar, cfg_scale))
 
@@ -232,7 +233,8 @@ def style_row(models, tokenizer, grammar, cfg_scale):
     known = [(t, s) for t, styles in enumerate(grammar.all_styles) for s in styles]
     features = cut(np.stack([grammar.draw(rng, scenes.Scene((t,), (None,), style=s)) for t, s in known]))
     nearest = torch.cdist(cut(pictures), features).argmin(dim=1).tolist()
-    return table_row("held-out style of a known thing", [known[k] == pair for k, pair in zip(nearest, pairs)]) + " | |"
+    hits = [known[k] == pair for k, pair in zip(nearest, pairs)]
+    return table_row("held-out style of a known thing", hits) + " | | |"
 
 
 def from_training(pictures, models, grammar):

@@ -255,7 +255,7 @@ class Log:
 
 
 def chart(losses, width=640, height=200):
-    """A picture of a loss over the steps: means of a hundredth of the run each, from 0 at the bottom."""
+    """A picture of the losses of all steps: means over a hundredth of the run each, from 0 at the bottom."""
     part = math.ceil(len(losses) / 100)
     means = [sum(some) / len(some) for some in (losses[k : k + part] for k in range(0, len(losses), part))]
     picture = Image.new("RGB", (width, height), "white")

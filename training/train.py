@@ -81,13 +81,16 @@ class VaeStage:
         """Parts of scenes (batch, 3, 64, 64), and now and then whole ones, for the statistics of the group norms."""
         rng = random.Random(step)
         if step % 4 == 3:
-            plain = torch.tensor(rng.choice(list(emoji.COLOURS.values())))[:, None, None] / 127.5 - 1
-            return torch.cat([draw_scenes(self.grammar, rng, max(batch // 4 - 1, 1)), plain.expand(1, 3, 128, 128)])
+            return draw_scenes(self.grammar, rng, max(batch // 4, 1))
         images = draw_scenes(self.grammar, rng, batch)
         if rng.random() < 0.5:  # plain areas of any colour teach the latents all three colour axes
             images = (images * rng.uniform(0.5, 1) + 2 * torch.rand(batch, 3, 1, 1) - 1).clamp(-1, 1)
         top, left = (8 * rng.randrange(9) for _ in range(2))
-        return images[:, :, top : top + 64, left : left + 64]
+        images = images[:, :, top : top + 64, left : left + 64]
+        if step % 4 == 1:  # nothing but a colour, of which group norms leave little
+            colours = torch.tensor(rng.choices(list(emoji.COLOURS.values()), k=batch // 2))
+            images[: batch // 2] = colours[:, :, None, None] / 127.5 - 1
+        return images
 
     def loss(self, step, batch, generator):
         images = self.images(step, batch)
