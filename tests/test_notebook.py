@@ -20,7 +20,7 @@ def executed(checkpoint, tmp_path_factory):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CHECKPOINT", str(checkpoint))
-        patch.setenv("STEPS", "4")
+        patch.setenv("STEPS", "5")
         patch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))
         client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
         client.execute()  # raises CellExecutionError where a cell fails
@@ -37,7 +37,7 @@ def describe_outputs(cell):
 
 
 def test_runs_from_end_to_end(executed):
-    assert code_cells(executed)[0].outputs[0].text.rstrip().endswith("64×64 pixels, 4 steps")
+    assert code_cells(executed)[0].outputs[0].text.rstrip().endswith("64×64 pixels, 5 steps")
     assert all(cell.outputs for cell in code_cells(executed))
 
 

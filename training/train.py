@@ -307,7 +307,7 @@ def load_vae(grammar):
     return {"encoder": encoder, "decoder": decoder}
 
 
-def export(grammar, path=MODEL, cfg_scale=3.0):
+def export(grammar, path=MODEL, cfg_scale=4.0):
     """Writes the finished model in the layout of SD 1.x, float16, with what shapes cannot tell in the metadata."""
     models = {**load_vae(grammar), **load_stage("diffusion", grammar)}
     if (RUNS / "decoder.pt").exists():
