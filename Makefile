@@ -15,7 +15,7 @@ endif
 PIP = .venv/bin/python -m pip install --quiet --disable-pip-version-check
 IS_NEW_ENOUGH = import sys; sys.version_info < (3, 11) and sys.exit(f'error: Python 3.11 or later is needed; $(PYTHON) is \
 {sys.version.split()[0]}: make PYTHON=python3.11')
-TESTERS = $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() + 2, 4))")# two more, as tests of pages and of Ray wait a lot
+TESTERS = $(shell $(PYTHON) -c "import os; print(min(os.cpu_count() + 1, 4))")# one more, as tests of pages wait a lot
 IS_WHOLE = import sys, pip; sys.exit(sys.version_info < (3, 11) or sys.prefix == sys.base_prefix)
 
 help:
