@@ -153,6 +153,13 @@ def raw_pickle(path, opcodes):
     return path
 
 
+def raw_legacy(path, opcodes):
+    """Writes opcodes as the checkpoint in a file of the format before PyTorch 1.6, which lists no storages."""
+    header = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {"little_endian": True}]
+    path.write_bytes(b"".join(pickle.dumps(x, 2) for x in header) + opcodes + pickle.dumps([], 2))
+    return path
+
+
 @pytest.mark.parametrize("opcodes", [
     b"cposix\nsystem\n(X\x09\x00\x00\x00touch ran\ntR.",  # GLOBAL, REDUCE
     b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x09touch ran\x85R.",  # STACK_GLOBAL
@@ -205,9 +212,7 @@ def test_a_legacy_file_cannot_make_torch_write_a_patch(tmp_path):
     name = str(tmp_path / "written")
     opcodes = (b"\x80\x02" + REBUILD + b"(}" + text("dump_patches") + b"\x88s}" + text("__name__") + text(name) + b"stb"
                + b"0(" + text("module") + REBUILD + text("source.py") + text("some other source") + b"tQ.")
-    header = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {"little_endian": True}]
-    path = tmp_path / "model.ckpt"
-    path.write_bytes(b"".join(pickle.dumps(x, 2) for x in header) + opcodes + pickle.dumps([], 2))
+    path = raw_legacy(tmp_path / "model.ckpt", opcodes)
     with pytest.raises(CheckpointError):
         load_from_standard_weights(path)
     assert [file.name for file in tmp_path.iterdir()] == ["model.ckpt"]
@@ -476,10 +481,7 @@ def test_a_legacy_file_that_is_shorter_than_its_storages(tmp_path, counts):
     tensors = b"".join(text(str(k)) + REBUILD + b"((" + text("storage") + b"ctorch\nDoubleStorage\n" + text(str(k))
                        + text("cpu") + b"\x8a\x08" + struct.pack("<q", count) + b"NtQK\x00K\x01\x85K\x01\x85\x89NtR"
                        for k, count in enumerate(counts))
-    header = [torch.serialization.MAGIC_NUMBER, torch.serialization.PROTOCOL_VERSION, {"little_endian": True}]
-    path = tmp_path / "model.ckpt"
-    path.write_bytes(b"".join(pickle.dumps(x, 2) for x in header) + b"\x80\x02}(" + tensors + b"u."
-                     + pickle.dumps([], 2))
+    path = raw_legacy(tmp_path / "model.ckpt", b"\x80\x02}(" + tensors + b"u.")
     with pytest.raises(CheckpointError, match="shorter than the weights" if sum(counts) > 30 else "without some"):
         read_checkpoint(path)
 

@@ -22,6 +22,7 @@ import os
 import random
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -178,26 +179,29 @@ def questions(kind):
             f"thing × {kind}, both": lambda seen, right: seen == right}
 
 
-HEAD = "| prompts | right | 95% interval | real renderings | by the classifier | real renderings, by the classifier |"
+HEAD = """\
+| prompts | right | 95% interval | real renderings | by the classifier | real renderings, by the classifier |
+|---|---|---|---|---|---|---|"""
 
 
 def evaluate(models, tokenizer, grammar, n, cfg_scale):
     """Returns the Markdown of all tables."""
     nearest, classifier, rng = Judge(grammar), load_stage("judge", grammar)["judge"], random.Random(0)
-    lines = [f"| held-out combinations {HEAD}", "|---|---|---|---|---|---|---|"]
-    wordings = [f"| the same in held-out wordings {HEAD}", "|---|---|---|---|---|---|---|"]
+    judges = nearest.see, partial(see, classifier, grammar)
+    lines, wordings = [f"| held-out combinations {HEAD}"], [f"| the same in held-out wordings {HEAD}"]
     shown, drawn = [], []
     for kind in KINDS:
         chosen = held_out_scenes(grammar, kind, n)
         right = [answer(kind, scene) for scene in chosen]
         real = np.stack([grammar.draw(rng, scene) for scene in chosen])
-        real_seen = [nearest.see(kind, real), see(classifier, grammar, kind, real)]
+        seen_in_real = [judge(kind, real) for judge in judges]
         for table, wording in ((lines, scenes.TRAINED), (wordings, scenes.HELD_OUT)):
             prompts = [grammar.caption(rng, scene, wording) for scene in chosen]
             pictures = draw(prompts, models, tokenizer, cfg_scale)
-            judges = [nearest.see(kind, pictures), real_seen[0], see(classifier, grammar, kind, pictures), real_seen[1]]
+            all_seen = [seen for judge, in_real in zip(judges, seen_in_real)
+                        for seen in (judge(kind, pictures), in_real)]
             for row, is_right in questions(kind).items():
-                table.append(table_row(row, *([is_right(a, b) for a, b in zip(seen, right)] for seen in judges)))
+                table.append(table_row(row, *([is_right(a, b) for a, b in zip(seen, right)] for seen in all_seen)))
             if wording == scenes.TRAINED:
                 shown += list(zip(pictures, prompts))[:12]
                 drawn.append(pictures)
@@ -206,11 +210,10 @@ def evaluate(models, tokenizer, grammar, n, cfg_scale):
     plain_scenes = [scenes.Scene((thing,), (None,)) for thing in range(len(grammar.world))]
     prompts = [f"{scenes.article(t.singular) if t.plural else ''}{t.singular}" for t in grammar.world]
     pictures = draw(prompts, models, tokenizer, cfg_scale)
-    hits = []
-    for found in (pictures, np.stack([grammar.draw(rng, scene) for scene in plain_scenes])):
-        seen = nearest.nearest("thing", cut(found))[0], [(a,) for a, _ in see(classifier, grammar, "position", found)]
-        hits.append([[a == scene.things for a, scene in zip(by_one, plain_scenes)] for by_one in seen])
-    lines.append(table_row("every thing, plain", hits[0][0], hits[1][0], hits[0][1], hits[1][1]))
+    real = np.stack([grammar.draw(rng, scene) for scene in plain_scenes])
+    hits = [[thing == scene.things[0] for (thing, _), scene in zip(judge("position", found), plain_scenes)]
+            for judge in judges for found in (pictures, real)]
+    lines.append(table_row("every thing, plain", *hits))
     save_sheet("things.jpg", list(zip(pictures, prompts)), 14)
     lines.append(style_row(models, tokenizer, grammar, cfg_scale))
 

@@ -233,22 +233,22 @@ class Log:
 
     def __init__(self, path, start):
         rows = list(csv.reader(open(path)))[1:] if path.exists() else []
-        self.path, self.rows = path, [row for row in rows if int(row[0]) < start]
+        rows = [row for row in rows if int(row[0]) < start]
+        self.path, self.losses = path, [float(loss) for _, loss, _ in rows]
         self.file = open(path, "w", newline="")
         self.writer = csv.writer(self.file)
-        self.writer.writerows([["step", "loss", "samples_per_second"], *self.rows])
+        self.writer.writerows([["step", "loss", "samples_per_second"], *rows])
         self.flush()  # or a kill before the next checkpoint would lose them
 
     def write(self, step, loss, samples):
-        self.rows.append([step, f"{loss:.5f}", f"{samples:.1f}"])
-        self.writer.writerow(self.rows[-1])
+        self.losses.append(loss)
+        self.writer.writerow([step, f"{loss:.5f}", f"{samples:.1f}"])
 
     def report(self, step, text):
         """Adds what a stage says of itself to NAME-reports.csv, and draws NAME-loss.png."""
         with open(self.path.with_name(f"{self.path.stem}-reports.csv"), "a", newline="") as file:
             csv.writer(file).writerow([step, text])
-        losses = [float(loss) for _, loss, _ in self.rows]
-        chart(losses).save(self.path.with_name(f"{self.path.stem}-loss.png"))
+        chart(self.losses).save(self.path.with_name(f"{self.path.stem}-loss.png"))
 
     def flush(self):
         self.file.flush()
@@ -258,10 +258,10 @@ def chart(losses, width=640, height=200):
     """A picture of the losses of all steps: means over a hundredth of the run each, from 0 at the bottom."""
     part = math.ceil(len(losses) / 100)
     means = [sum(some) / len(some) for some in (losses[k : k + part] for k in range(0, len(losses), part))]
+    top = max(*means, 1e-9)
     picture = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(picture)
-    points = [((width - 1) * (k + 0.5) / len(means), (height - 1) * (1 - mean / max(*means, 1e-9)))
-              for k, mean in enumerate(means)]
+    points = [((width - 1) * (k + 0.5) / len(means), (height - 1) * (1 - mean / top)) for k, mean in enumerate(means)]
     pen.line(points, "steelblue", width=2)
     pen.text((width - 4, 4), f"loss of {len(losses)} steps: {means[0]:.4f} to {means[-1]:.4f}", "black", anchor="rt")
     return picture

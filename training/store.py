@@ -20,7 +20,7 @@ def make_shard(grammar, encoder, number):
     """{"scenes": list of Scene, "latents": (SCENES, 4, 16, 16) float16}, the means that the encoder finds."""
     rng = random.Random(1_000_000 + number)
     scenes = [grammar.scene(rng) for _ in range(SCENES)]
-    images = torch.stack([torch.tensor(grammar.draw(rng, scene)) for scene in scenes]).permute(0, 3, 1, 2) / 127.5 - 1
+    images = train.draw_images(grammar, rng, scenes)
     with torch.no_grad():
         latents = [encoder(part, torch.zeros(len(part), 4, 16, 16)) for part in images.split(10)]
     return {"scenes": scenes, "latents": torch.cat(latents).half()}

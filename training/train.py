@@ -37,7 +37,7 @@ from model_converter import to_standard_weights
 from model_loader import load_tokenizer, preload_models_from_standard_weights
 from pipeline import generate, tokenize
 from training import emoji, loop, scenes
-from training.judge import JudgeStage
+from training.judge import JudgeStage, to_images
 from training.loop import Settings, make_optimizer, save, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -113,9 +113,13 @@ class VaeStage:
 
 
 def draw_scenes(grammar, rng, n):
-    """(n, 3, 128, 128) in [-1, 1]"""
-    pictures = [torch.tensor(grammar.draw(rng, grammar.scene(rng))) for _ in range(n)]
-    return torch.stack(pictures).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
+    """n scenes of which nothing is held out, as `draw_images` draws them"""
+    return draw_images(grammar, rng, (grammar.scene(rng) for _ in range(n)))
+
+
+def draw_images(grammar, rng, some):
+    """Scenes -> (n, 3, 128, 128) in [-1, 1]"""
+    return to_images(torch.stack([torch.tensor(grammar.draw(rng, scene)) for scene in some])).contiguous()
 
 
 def slightly_noised(latents, generator):
@@ -235,8 +239,7 @@ class DiffusionStage:
         found = [scene for kind in ("colour", "position", "count", "pair", "background")
                  for scene in self.grammar.held_out_scenes(rng, kind, 8)]
         prompts = [self.grammar.caption(rng, scene) for scene in found]
-        pictures = torch.stack([torch.tensor(self.grammar.draw(rng, scene)) for scene in found])
-        latents = self.vae["encoder"](pictures.permute(0, 3, 1, 2) / 127.5 - 1, torch.zeros(len(found), 4, 16, 16))
+        latents = self.vae["encoder"](draw_images(self.grammar, rng, found), torch.zeros(len(found), 4, 16, 16))
         context, generator = self.modules["clip"](tokenize(prompts, self.tokenizer)), torch.Generator().manual_seed(0)
         losses = [self.noise_loss(self.modules["diffusion"], latents, context, generator).item() for _ in range(8)]
         models = {**self.vae, **self.modules}
