@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from test_scenes import drawings, grammar  # noqa: F401  (fixtures)
 
 import model_loader
@@ -56,16 +57,19 @@ def train_all(grammar):  # noqa: F811
     train.train("decoder", SETTINGS, grammar, train.RUNS)
 
 
-@pytest.mark.parametrize("name", ["vae", "diffusion", "decoder", "judge"])
+@pytest.mark.parametrize("name", ["vae", "diffusion", "attention", "decoder", "judge"])
 def test_training_lowers_the_loss_on_one_batch(small, name, monkeypatch):
     quiet(monkeypatch)
     monkeypatch.setattr(judge, "N_SCENES", 8)
-    if name in ("diffusion", "decoder"):
+    if name in ("diffusion", "attention", "decoder"):
         train.train("vae", SETTINGS, small, train.RUNS)
         fill_store(small)
+    if name == "attention":
+        train.train("diffusion", SETTINGS, small, train.RUNS)
     torch.manual_seed(0)
     stage = train.STAGES[name](small)
-    optimizer = torch.optim.SGD(stage.modules.parameters(), lr=1e-5)
+    rate = 1e-2 if name == "attention" else 1e-5  # it starts with next to no influence
+    optimizer = torch.optim.SGD(stage.modules.parameters(), lr=rate)
 
     def loss():
         torch.manual_seed(2)
@@ -73,7 +77,7 @@ def test_training_lowers_the_loss_on_one_batch(small, name, monkeypatch):
 
     before = loss()
     before.backward()
-    assert all(weight.grad is not None for weight in stage.modules.parameters())
+    assert all(weight.grad is not None for weight in stage.modules.parameters() if weight.requires_grad)
     optimizer.step()
     with torch.no_grad():
         assert loss() < before
@@ -85,7 +89,7 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(small, tmp_path,
     plain_loss = train.VaeStage.loss
 
     def interrupted_loss(stage, step, batch, generator):
-        if step == 3:
+        if step == 1:
             raise KeyboardInterrupt
         return plain_loss(stage, step, batch, generator)
 
@@ -109,11 +113,12 @@ def test_a_run_reports_how_it_does_on_what_is_held_out(small, monkeypatch):
     monkeypatch.setattr(small, "held_out_scenes", lambda rng, kind, n: [small.scene(rng) for _ in range(n)])
     settings = replace(SETTINGS, report_every=2)
     train.train("diffusion", settings, small, train.RUNS)
-    reports = list(csv.reader(open(train.RUNS / "diffusion-reports.csv")))
-    assert [step for step, _ in reports] == ["2", "4"]
+    train.train("diffusion", replace(settings, steps=6), small, train.RUNS)  # goes on from step 4, whose report stays
+    reports = list(csv.reader(open(train.RUNS / "diffusion-reports.csv")))[1:]
+    assert [step for step, _ in reports] == ["2", "4", "6"]
     assert all(0.5 < float(text.removeprefix("held-out loss ")) < 2 for _, text in reports)  # of networks this young
     assert {path.name for path in train.RUNS.glob("diffusion*.png")} == {
-        "diffusion-000002.png", "diffusion-000004.png", "diffusion-loss.png"}
+        "diffusion-000002.png", "diffusion-000004.png", "diffusion-000006.png", "diffusion-loss.png"}
 
 
 def test_the_chart_of_a_loss():
@@ -147,19 +152,18 @@ def test_wired_colours_pass_from_the_start(small):
     assert (decoded - images).abs().mean() < 0.1
 
 
-def test_folding_gives_latents_unit_scale_and_changes_no_picture(small, monkeypatch):
+def test_folding_gives_latents_unit_scale_and_changes_no_picture(small):
     torch.manual_seed(0)
     modules = torch.nn.ModuleDict({"encoder": oracle.randomize(train.VAE_Encoder(train.ENCODER_CONFIG)),
                                    "decoder": oracle.randomize(train.VAE_Decoder(train.DECODER_CONFIG))})
-    monkeypatch.setattr(train, "load_stage", lambda name, _: modules)
     images = train.draw_scenes(small, random.Random(-2), train.N_STATISTICS)
     with torch.no_grad():
         modules["encoder"].quant_conv.bias += torch.arange(8.0)
         noise = torch.randn(len(images), 4, 16, 16)
         before = modules["decoder"](modules["encoder"](images, noise))
-        folded = train.load_vae(small)
-        torch.testing.assert_close(folded["decoder"](folded["encoder"](images, noise)), before, atol=1e-3, rtol=1e-3)
-        means = folded["encoder"](images, torch.zeros_like(noise))
+        train.fold_scale(modules, images)
+        torch.testing.assert_close(modules["decoder"](modules["encoder"](images, noise)), before, atol=1e-3, rtol=1e-3)
+        means = modules["encoder"](images, torch.zeros_like(noise))
     assert means.mean(dim=(0, 2, 3)).abs().max() < 1e-3
     assert ((means.std(dim=(0, 2, 3)) - 1).abs() < 1e-3).all()
 
@@ -207,7 +211,14 @@ def test_export_is_read_by_this_library_and_by_diffusers_alike(small, tmp_path, 
         for part, module in train.load_stage(name, small).items():
             exported = models[part].state_dict()
             assert all(torch.equal(weight, exported[key]) for key, weight in module.state_dict().items())
-    train.train("diffusion", SETTINGS, small, train.RUNS)
+    fill_store(small)
+    train.train("attention", replace(SETTINGS, weight_decay=0), small, train.RUNS)
+    train.export(small, tmp_path / "after.safetensors")
+    before, after = load_file(path), load_file(tmp_path / "after.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".attn" in name or name.startswith("cond_stage_model") for name in changed)
+    words = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    assert 0 < (before[words] != after[words]).any(dim=1).sum() < 60  # those of captions alone
     with pytest.raises(ValueError, match="has runs already"):
         train.restore(small, path)
 

@@ -1,6 +1,7 @@
 """Four steps without guidance: distils a model into a LoRA for the LCM sampler.
 
-    python -m training.lcm                # training/runs/lcm.pt, then data/loras/lcm.safetensors, then its figures
+    python -m training.lcm                # training/runs/lcm.pt, then data/loras/lcm.safetensors, then its figures;
+                                          # of a file that is there, its figures alone
     python cli.py "a panda on a yellow background" --lora lcm --sampler lcm --steps 4 --cfg-scale 1
 
 Latent consistency distillation (arXiv 2310.04378, algorithm 1) of a LoRA alone (arXiv 2311.05556): from any latents on
@@ -166,6 +167,15 @@ def evaluate(checkpoint, path, cfg_scale, n):
     return "\n".join(lines)
 
 
+def distil(arguments):
+    """Trains the LoRA, and writes it in kohya's layout."""
+    torch.manual_seed(0)
+    stage = LcmStage(arguments.checkpoint, arguments.cfg_scale, arguments.latents)
+    modules = loop.train("lcm", stage, replace(SETTINGS, steps=arguments.steps), train.RUNS)
+    teaching.write(LORA, to_kohya(modules), {"ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora",
+                                             "ss_network_dim": RANK, "ss_network_alpha": RANK})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=train.MODEL)
@@ -175,14 +185,11 @@ def main():
     parser.add_argument("--prompts", type=int, default=150, help="of the table at the end (%(default)s)")
     arguments = parser.parse_args()
     if LORA.exists():
-        raise FileExistsError(f"{LORA}: exists already; move it away")
-    torch.manual_seed(0)
-    stage = LcmStage(arguments.checkpoint, arguments.cfg_scale, arguments.latents)
-    modules = loop.train("lcm", stage, replace(SETTINGS, steps=arguments.steps), train.RUNS)
-    teaching.write(LORA, to_kohya(modules), {"ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora",
-                                             "ss_network_dim": RANK, "ss_network_alpha": RANK})
+        print(f"{LORA} is there and is not trained again: move it away for another")
+    else:
+        distil(arguments)
     table = evaluate(arguments.checkpoint, LORA, arguments.cfg_scale, arguments.prompts)
-    text = f"# `{LORA.name}`, {LORA.stat().st_size / 1e6:.2f} MB, {arguments.steps} steps\n\n{table}\n"
+    text = f"# `{LORA.name}`, {LORA.stat().st_size / 1e6:.2f} MB\n\n{table}\n"
     write("lcm.md", lambda target: target.write_text(text))
     print(text)
 

@@ -229,29 +229,40 @@ def report(stage, ema, path):
 
 
 class Log:
-    """A CSV file with a row a step; rows beyond the checkpoint that a run goes on from are dropped."""
+    """A row a step in NAME.csv, and what a stage says of itself in NAME-reports.csv and NAME-loss.png.
+
+    Rows beyond the checkpoint that a run goes on from, at step `start`, are dropped.
+    """
 
     def __init__(self, path, start):
-        rows = list(csv.reader(open(path)))[1:] if path.exists() else []
-        rows = [row for row in rows if int(row[0]) < start]
-        self.path, self.losses = path, [float(loss) for _, loss, _ in rows]
-        self.file = open(path, "w", newline="")
-        self.writer = csv.writer(self.file)
-        self.writer.writerows([["step", "loss", "samples_per_second"], *rows])
-        self.flush()  # or a kill before the next checkpoint would lose them
+        self.path = path
+        rows, self.file, self.writer = cut_back(path, ["step", "loss", "samples_per_second"], start)
+        self.losses = [float(loss) for _, loss, _ in rows]
+        reports = path.with_name(f"{path.stem}-reports.csv")  # by the number of steps done
+        _, self.reports_file, self.reports = cut_back(reports, ["steps", "report"], start + 1)
 
     def write(self, step, loss, samples):
         self.losses.append(loss)
         self.writer.writerow([step, f"{loss:.5f}", f"{samples:.1f}"])
 
-    def report(self, step, text):
-        """Adds what a stage says of itself to NAME-reports.csv, and draws NAME-loss.png."""
-        with open(self.path.with_name(f"{self.path.stem}-reports.csv"), "a", newline="") as file:
-            csv.writer(file).writerow([step, text])
+    def report(self, steps, text):
+        self.reports.writerow([steps, text])
+        self.reports_file.flush()
         chart(self.losses).save(self.path.with_name(f"{self.path.stem}-loss.png"))
 
     def flush(self):
         self.file.flush()
+
+
+def cut_back(path, header, end):
+    """Opens a CSV file to add rows to; returns its rows of the steps before `end`, which stay, the file, its writer."""
+    rows = list(csv.reader(open(path)))[1:] if path.exists() else []
+    rows = [row for row in rows if int(row[0]) < end]
+    file = open(path, "w", newline="")
+    writer = csv.writer(file)
+    writer.writerows([header, *rows])
+    file.flush()  # or a kill before the next checkpoint would lose them
+    return rows, file, writer
 
 
 def chart(losses, width=640, height=200):

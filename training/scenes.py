@@ -65,7 +65,8 @@ PLACES = {
     "sunset": (["at sunset", "during sunset", "in the sunset", "in front of a sunset"], ["under the sunset sky"]),
 }
 PLAIN = (["on {a_colour} background", "on {colour} background", "with {a_colour} background", "on {colour}",
-          ", {colour} background"], ["in front of {a_colour} background", "and {a_colour} background"])
+          "against {a_colour} background", ", {colour} background"],
+         ["in front of {a_colour} background", "and {a_colour} background"])
 FRAMES = (["{x}", "{a_x}", "{a_x}", "the {x}", "{x} emoji", "{a_x} emoji", "a photo of {a_x}", "a picture of {a_x}",
            "an emoji of {a_x}", "a drawing of {a_x}", "an icon of {a_x}", "photo of {a_x}", "picture of {a_x}",
            "{x} icon"],
@@ -86,17 +87,18 @@ WHERE = {
 PAIRS = {
     "left of": (["{a} to the left of {b}", "{a} left of {b}", "{a} on the left of {b}",
                  "{a} on the left and {b} on the right", "{a} and {b}", "{a} and {b}",
-                 "{a} next to {b}", "{a} beside {b}", "{a} with {b}",
-                 "{a} with {b} on the right"],
+                 "{a} next to {b}", "{a} beside {b}", "{a} with {b}", "{a} and {b} side by side",
+                 "{a} with {b} on the right", "left {a}, right {b}"],
                 ["on the left {a}, on the right {b}", "{a} at the left side of {b}"]),
     "right of": (["{a} to the right of {b}", "{a} right of {b}", "{a} on the right of {b}",
-                  "{a} on the right and {b} on the left", "{a} to the right of {b}", "{a} with {b} on the left"],
+                  "{a} on the right and {b} on the left", "{a} to the right of {b}", "{a} with {b} on the left",
+                  "right {a}, left {b}"],
                  ["on the right {a}, on the left {b}", "{a} at the right side of {b}"]),
     "above": (["{a} above {b}", "{a} over {b}", "{a} on top of {b}", "{a} at the top and {b} at the bottom",
-               "{a} with {b} below"],
+               "{a} with {b} below", "top {a}, bottom {b}"],
               ["at the top {a}, at the bottom {b}", "{a} above and {b} below"]),
     "below": (["{a} below {b}", "{a} under {b}", "{a} beneath {b}", "{a} at the bottom and {b} at the top",
-               "{a} with {b} above"],
+               "{a} with {b} above", "bottom {a}, top {b}"],
               ["at the bottom {a}, at the top {b}", "{a} below and {b} above"]),
 }
 STYLE = (["{text}, {style} style", "{text} in {style} style", "{style} style {text}", "{text}, {style}"],
@@ -214,7 +216,7 @@ class Grammar:
         return sorted(set(re.findall(r"[a-z0-9'-]+", re.sub(r"{\w+}", " ", " ".join(texts)))))
 
     def any_scene(self, rng):
-        kind = rng.choices(["whole", "position", "count", "pair"], [30, 16, 16, 38])[0]
+        kind = rng.choices(["whole", "position", "count", "pair"], [24, 14, 12, 50])[0]
         things = tuple(rng.sample(range(len(self.world)), 2 if kind == "pair" else 1))
         layout = {"whole": "whole", "position": rng.choice(list(POSITIONS)), "count": rng.choice(list(COUNTS)),
                   "pair": rng.choice(list(RELATIONS))}[kind]

@@ -5,6 +5,7 @@
     python -m training.train vae          # the autoencoder, on scenes
     python -m training.store 0 80         # 80 x 250 scenes as latents; several processes may share the numbers
     python -m training.train diffusion    # the UNet and the text encoder together, on the store
+    python -m training.train attention    # the UNet's attention and the text encoder alone; the rest stays as it is
     python -m training.train decoder      # the decoder alone, on slightly noisy latents; the store stays valid
     python -m training.train judge        # a classifier of scenes, for training/evaluate.py
     python -m training.train export       # data/emoji.safetensors, in the layout of SD 1.x
@@ -55,6 +56,7 @@ DIFFUSION_CONFIG = DiffusionConfig(channels=(64, 128, 160), attends=(False, True
 SETTINGS = {
     "vae": Settings(steps=1200, batch=8, learning_rate=5e-4, decay=0.6, ema=0.99, report_every=400),
     "diffusion": Settings(steps=2150, batch=16, learning_rate=7e-4, ema=0.998, save_every=48),
+    "attention": Settings(steps=3000, batch=16, learning_rate=7e-4, decay=0.6, ema=0.998, weight_decay=0),
     "decoder": Settings(steps=1200, batch=8, learning_rate=4e-4, warmup=20, decay=0.7, ema=0.98, save_every=20),
     "judge": Settings(steps=1500, batch=64, learning_rate=1e-3, ema=0.99, report_every=500),
 }
@@ -77,23 +79,22 @@ class VaeStage:
         zero_residuals(self.modules)
         wire_colours(self.modules["encoder"], self.modules["decoder"])
 
-    def images(self, step, batch):
+    def images(self, step, batch, generator):
         """Parts of scenes (batch, 3, 64, 64), and now and then whole ones, for the statistics of the group norms."""
-        rng = random.Random(step)
+        rng = random.Random(torch.randint(2**60, (), generator=generator).item())
         if step % 4 == 3:
             return draw_scenes(self.grammar, rng, max(batch // 4, 1))
-        images = draw_scenes(self.grammar, rng, batch)
+        n_plain = batch // 2 if step % 4 == 1 else 0  # nothing but a colour, of which group norms leave little
+        images = draw_scenes(self.grammar, rng, batch - n_plain)
         if rng.random() < 0.5:  # plain areas of any colour teach the latents all three colour axes
-            images = (images * rng.uniform(0.5, 1) + 2 * torch.rand(batch, 3, 1, 1) - 1).clamp(-1, 1)
+            shift = 2 * torch.rand(len(images), 3, 1, 1, generator=generator) - 1
+            images = (images * rng.uniform(0.5, 1) + shift).clamp(-1, 1)
         top, left = (8 * rng.randrange(9) for _ in range(2))
-        images = images[:, :, top : top + 64, left : left + 64]
-        if step % 4 == 1:  # nothing but a colour, of which group norms leave little
-            colours = torch.tensor(rng.choices(list(emoji.COLOURS.values()), k=batch // 2))
-            images[: batch // 2] = colours[:, :, None, None] / 127.5 - 1
-        return images
+        colours = torch.tensor(rng.choices(list(emoji.COLOURS.values()), k=n_plain)).view(n_plain, 3, 1, 1) / 127.5 - 1
+        return torch.cat([images[:, :, top : top + 64, left : left + 64], colours.expand(-1, -1, 64, 64)])
 
     def loss(self, step, batch, generator):
-        images = self.images(step, batch)
+        images = self.images(step, batch, generator)
         mean, log_variance = self.modules["encoder"].moments(images)
         latents = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, generator=generator)
         decoded = self.modules["decoder"](slightly_noised(latents * LATENT_SCALE, generator))
@@ -143,7 +144,7 @@ class DecoderStage(VaeStage):
         self.modules = nn.ModuleDict({"decoder": vae["decoder"].requires_grad_(True)})
 
     def loss(self, step, batch, generator):
-        images = self.images(step, batch)
+        images = self.images(step, batch, generator)
         with torch.no_grad():
             latents = self.encoder(images, torch.zeros(len(images), 4, *(n // 8 for n in images.shape[2:])))
         return picture_loss(self.modules["decoder"](slightly_noised(latents, generator)), images)
@@ -248,6 +249,20 @@ class DiffusionStage:
         return f"held-out loss {sum(losses) / len(losses):.4f}", sheet(images, 8)
 
 
+class AttentionStage(DiffusionStage):
+    """What tells a prompt's things apart and puts them in their places: the attention, and the text encoder.
+
+    All other numbers of the exported file stay as they are (words that no caption has are among them: no weight decay),
+    so that git stores a new version of it in 3 MB instead of 28.
+    """
+
+    def __init__(self, grammar):
+        super().__init__(grammar)
+        self.modules.load_state_dict(load_stage("diffusion", grammar).state_dict())
+        for name, weight in self.modules["diffusion"].named_parameters():
+            weight.requires_grad_("attention_" in name)
+
+
 def read_store(folder):
     """All scenes of the store, and their latents (scenes, 4, 16, 16) in float16."""
     shards = [torch.load(path, weights_only=False) for path in sorted(folder.glob("*.pt"))]
@@ -256,7 +271,8 @@ def read_store(folder):
     return [scene for shard in shards for scene in shard["scenes"]], torch.cat([shard["latents"] for shard in shards])
 
 
-STAGES = {"vae": VaeStage, "diffusion": DiffusionStage, "decoder": DecoderStage, "judge": JudgeStage}
+STAGES = {"vae": VaeStage, "diffusion": DiffusionStage, "attention": AttentionStage, "decoder": DecoderStage,
+          "judge": JudgeStage}
 
 
 def zero_residuals(network):
@@ -290,34 +306,40 @@ def load_stage(name, grammar):
 
 
 def load_vae(grammar):
-    """Returns encoder and decoder, changed so that each latent channel has mean 0 and deviation 1 over scenes.
+    """Returns encoder and decoder, whose latents have unit scale: those of an exported model have it already."""
+    modules = load_stage("vae", grammar)
+    if torch.load(RUNS / "vae.pt")["step"] > 0:
+        fold_scale(modules, draw_scenes(grammar, random.Random(-2), N_STATISTICS))
+    return dict(modules)
+
+
+@torch.no_grad()
+def fold_scale(vae, images):
+    """Changes encoder and decoder so that each latent channel has mean 0 and deviation 1 over the images.
 
     SD's constant 0.18215 stays in the code: the true shift and scale go into quant_conv and post_quant_conv.
     """
-    modules = load_stage("vae", grammar)
-    encoder, decoder = modules["encoder"], modules["decoder"]
-    images = draw_scenes(grammar, random.Random(-2), N_STATISTICS)
-    with torch.no_grad():
-        latents = torch.cat([encoder.moments(part)[0] for part in images.split(16)])
-        mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)) * LATENT_SCALE
-        conv = encoder.quant_conv  # mean' = (mean - shift) / scale; the noise shrinks with it
-        conv.weight[:4] /= std[:, None, None, None]
-        conv.bias[:4] = (conv.bias[:4] - mean) / std
-        conv.bias[4:] -= 2 * std.log()
-        conv = decoder.post_quant_conv  # takes scale * latents + shift
-        conv.bias += conv.weight[:, :, 0, 0] @ mean
-        conv.weight *= std[None, :, None, None]
-    return {"encoder": encoder, "decoder": decoder}
+    latents = torch.cat([vae["encoder"].moments(part)[0] for part in images.split(16)])
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3)) * LATENT_SCALE
+    conv = vae["encoder"].quant_conv  # mean' = (mean - shift) / scale; the noise shrinks with it
+    conv.weight[:4] /= std[:, None, None, None]
+    conv.bias[:4] = (conv.bias[:4] - mean) / std
+    conv.bias[4:] -= 2 * std.log()
+    conv = vae["decoder"].post_quant_conv  # takes scale * latents + shift
+    conv.bias += conv.weight[:, :, 0, 0] @ mean
+    conv.weight *= std[None, :, None, None]
 
 
 def export(grammar, path=MODEL, cfg_scale=4.0):
     """Writes the finished model in the layout of SD 1.x, float16, with what shapes cannot tell in the metadata."""
     models = {**load_vae(grammar), **load_stage("diffusion", grammar)}
-    if (RUNS / "decoder.pt").exists():
-        models["decoder"] = load_stage("decoder", grammar)["decoder"]
+    for name in ("attention", "decoder"):
+        if (RUNS / f"{name}.pt").exists():
+            models.update(load_stage(name, grammar))
     weights = {name: weight.half() for name, weight in
                to_standard_weights({network: module.state_dict() for network, module in models.items()}).items()}
-    steps = torch.load(RUNS / "diffusion.pt")["step"]
+    last = "attention" if (RUNS / "attention.pt").exists() else "diffusion"
+    steps = torch.load(RUNS / f"{last}.pt")["step"]
     metadata = {
         "clip_heads": CLIP_CONFIG.n_heads, "unet_heads": DIFFUSION_CONFIG.n_heads,
         "unet_groups": DIFFUSION_CONFIG.n_groups, "vae_groups": ENCODER_CONFIG.n_groups,
