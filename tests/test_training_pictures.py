@@ -277,8 +277,9 @@ def test_latents_and_contexts_are_computed_once(teach, monkeypatch):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-@pytest.mark.parametrize("snr_gamma", [None, 5])
-def test_the_loss_is_that_of_diffusers_training_scripts(prediction, snr_gamma):
+@pytest.mark.parametrize("snr_gamma, snr_floor", [(None, 0.0), (5, 0.0), (5, 0.1)])
+def test_the_loss_is_that_of_diffusers_training_scripts(prediction, snr_gamma, snr_floor):
+    """The floor is ours: errors of the clean latents weigh as if the signal were never weaker."""
     from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_snr
 
@@ -291,7 +292,7 @@ def test_the_loss_is_that_of_diffusers_training_scripts(prediction, snr_gamma):
         seen.append((noisy, time_embedding))
         return 0.9 * noisy
 
-    loss = loop.NoiseLoss(config, snr_gamma)(unet, latents, None, torch.Generator().manual_seed(1))
+    loss = loop.NoiseLoss(config, snr_gamma, snr_floor)(unet, latents, None, torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(1)
     timesteps = torch.randint(0, 1000, (5,), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
@@ -302,7 +303,7 @@ def test_the_loss_is_that_of_diffusers_training_scripts(prediction, snr_gamma):
     weights = torch.ones(5)
     if snr_gamma:
         snr = compute_snr(scheduler, timesteps)
-        weights = torch.stack([snr, snr_gamma * torch.ones(5)], dim=1).min(dim=1)[0]
+        weights = torch.stack([snr, snr_gamma * torch.ones(5)], dim=1).min(dim=1)[0].clamp(min=snr_floor)
         weights = weights / snr if prediction == "epsilon" else weights / (snr + 1)
         weights = weights / weights.mean()
     torch.testing.assert_close(loss, (errors * weights).mean())

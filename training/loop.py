@@ -52,14 +52,16 @@ class NoiseLoss:
     Args:
         config: a UNet's, which says what it predicts: the noise or, "v", the velocity (arXiv 2202.00512, appendix D).
         snr_gamma: bounds the weight of little noise (min-SNR, arXiv 2303.09556); None is the plain mean.
+        snr_floor: raises that of much noise: errors of the clean latents weigh as if the SNR were never lower. What
+            goes where is decided there, and with errors of the noise alone it hardly counts.
     """
 
-    def __init__(self, config, snr_gamma: float | None = None):
+    def __init__(self, config, snr_gamma: float | None = None, snr_floor: float = 0.0):
         alphas_cumprod = get_alphas_cumprod()
         if config.zero_terminal_snr:
             alphas_cumprod = rescale_alphas_cumprod(alphas_cumprod)
         self.alphas_cumprod = torch.tensor(alphas_cumprod, dtype=torch.float32)
-        self.config, self.snr_gamma = config, snr_gamma
+        self.config, self.snr_gamma, self.snr_floor = config, snr_gamma, snr_floor
 
     def __call__(self, unet, latents, context, generator):
         """The loss, a scalar, with timesteps and noise from a CPU generator.
@@ -81,7 +83,7 @@ class NoiseLoss:
         if self.snr_gamma is None:
             return errors.mean()
         snr = (alpha_bar / (1 - alpha_bar)).flatten()
-        weight = snr.clamp(max=self.snr_gamma) / (snr + (self.config.prediction == "v"))
+        weight = snr.clamp(self.snr_floor, self.snr_gamma) / (snr + (self.config.prediction == "v"))
         return (weight * errors).mean() / weight.mean()
 
 

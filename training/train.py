@@ -261,6 +261,7 @@ class AttentionStage(DiffusionStage):
         self.modules.load_state_dict(load_stage("diffusion", grammar).state_dict())
         for name, weight in self.modules["diffusion"].named_parameters():
             weight.requires_grad_("attention_" in name)
+        self.noise_loss = loop.NoiseLoss(DIFFUSION_CONFIG, snr_gamma=5, snr_floor=0.1)
 
 
 def read_store(folder):
