@@ -53,17 +53,20 @@ def quiet(monkeypatch):
 def train_all(grammar):  # noqa: F811
     train.train("vae", SETTINGS, grammar, train.RUNS)
     fill_store(grammar)
+    train.train("text", SETTINGS, grammar, train.RUNS)
     train.train("diffusion", SETTINGS, grammar, train.RUNS)
     train.train("decoder", SETTINGS, grammar, train.RUNS)
 
 
-@pytest.mark.parametrize("name", ["vae", "diffusion", "attention", "decoder", "judge"])
+@pytest.mark.parametrize("name", train.STAGES)
 def test_training_lowers_the_loss_on_one_batch(small, name, monkeypatch):
     quiet(monkeypatch)
     monkeypatch.setattr(judge, "N_SCENES", 8)
     if name in ("diffusion", "attention", "decoder"):
         train.train("vae", SETTINGS, small, train.RUNS)
         fill_store(small)
+    if name in ("diffusion", "attention"):
+        train.train("text", SETTINGS, small, train.RUNS)
     if name == "attention":
         train.train("diffusion", SETTINGS, small, train.RUNS)
     torch.manual_seed(0)
@@ -108,6 +111,7 @@ def test_a_run_reports_how_it_does_on_what_is_held_out(small, monkeypatch):
     with monkeypatch.context() as patch:
         quiet(patch)
         train.train("vae", SETTINGS, small, train.RUNS)
+        train.train("text", SETTINGS, small, train.RUNS)
     fill_store(small)
     # With three drawings hardly any combination is held out.
     monkeypatch.setattr(small, "held_out_scenes", lambda rng, kind, n: [small.scene(rng) for _ in range(n)])
@@ -207,10 +211,11 @@ def test_export_is_read_by_this_library_and_by_diffusers_alike(small, tmp_path, 
 
     monkeypatch.setattr(train, "RUNS", tmp_path / "restored")
     train.restore(small, path)
-    for name in ("vae", "diffusion"):
-        for part, module in train.load_stage(name, small).items():
+    for name in ("vae", "text", "diffusion"):
+        restored = train.load_stage(name, small)
+        for part in restored.keys() & models.keys():
             exported = models[part].state_dict()
-            assert all(torch.equal(weight, exported[key]) for key, weight in module.state_dict().items())
+            assert all(torch.equal(weight, exported[key]) for key, weight in restored[part].state_dict().items())
     fill_store(small)
     train.train("attention", replace(SETTINGS, weight_decay=0), small, train.RUNS)
     train.export(small, tmp_path / "after.safetensors")
@@ -226,5 +231,7 @@ def test_export_is_read_by_this_library_and_by_diffusers_alike(small, tmp_path, 
 def test_missing_files_are_named(small):
     with pytest.raises(FileNotFoundError, match="run `python -m training.train vae` first"):
         train.load_vae(small)
+    with pytest.raises(FileNotFoundError, match="run `python -m training.train text` first"):
+        train.DiffusionStage(small)
     with pytest.raises(FileNotFoundError, match="training.store"):
         train.read_store(train.STORE)

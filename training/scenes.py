@@ -37,11 +37,11 @@ POSITIONS = {
     "right": (0.77, 0.5), "bottom left": (0.23, 0.77), "bottom": (0.5, 0.77), "bottom right": (0.77, 0.77),
 }
 COUNTS = {2: ["two", "2"], 3: ["three", "3"], 4: ["four", "4"]}
-# middles of several of a kind, and their size, in shares of the side
+# middles of several of a kind
 GROUPS = {
-    2: ([(0.27, 0.5), (0.73, 0.5)], 0.42),
-    3: ([(0.5, 0.27), (0.27, 0.73), (0.73, 0.73)], 0.42),
-    4: ([(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)], 0.42),
+    2: [(0.27, 0.5), (0.73, 0.5)],
+    3: [(0.5, 0.27), (0.27, 0.73), (0.73, 0.73)],
+    4: [(0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)],
 }
 # relation of the first to the second: the middles of both
 RELATIONS = {
@@ -169,6 +169,17 @@ def facts(scene: Scene, world: list[Thing]) -> list[tuple]:
     if scene.layout in RELATIONS:
         out.append(("pair", *names))
     return out
+
+
+def middles(scene: Scene) -> list[tuple[int, tuple[float, float]]]:
+    """What is where: [(index into the scene's things, middle in shares of the side)]"""
+    if scene.layout in RELATIONS:
+        return list(enumerate(RELATIONS[scene.layout]))
+    if scene.layout in COUNTS:
+        return [(0, middle) for middle in GROUPS[scene.layout]]
+    if scene.layout in POSITIONS:
+        return [(0, POSITIONS[scene.layout])]
+    return [(0, (0.5, 0.58 if scene.background in PLACES else 0.5))]
 
 
 class Grammar:
@@ -301,20 +312,11 @@ class Grammar:
     def draw(self, rng: random.Random, scene: Scene) -> np.ndarray:
         """(128, 128, 3) uint8."""
         picture = draw_background(rng, scene.background)
-        if scene.layout in RELATIONS:
-            middles, size, side = RELATIONS[scene.layout], 0.44, (0, 1)
-        elif scene.layout in COUNTS:
-            middles, size = GROUPS[scene.layout]
-            side = (0,) * len(middles)
-        elif scene.layout in POSITIONS:
-            middles, size, side = [POSITIONS[scene.layout]], 0.38, (0,)
-        else:
-            size = 0.97 if scene.big else rng.uniform(0.78, 0.93)
-            middles, side = [(0.5, 0.5)], (0,)
-            if scene.background in PLACES:
-                size, middles = size * 0.8, [(0.5, 0.58)]
+        size = 0.44 if scene.layout in RELATIONS else 0.42 if scene.layout in COUNTS else 0.38
+        if scene.layout == "whole":
+            size = (0.97 if scene.big else rng.uniform(0.78, 0.93)) * (0.8 if scene.background in PLACES else 1)
         flip = rng.random() < 0.5
-        for k, (x, y) in zip(side, middles):
+        for k, (x, y) in middles(scene):
             rgba = self.drawings.rgba[self.row[self.world[scene.things[k]].drawing, scene.style]].numpy()
             if scene.colours[k]:
                 rgba = recolour(rgba, OBJECT_COLOURS[scene.colours[k]])

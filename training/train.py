@@ -4,6 +4,7 @@
     python -m training.train restore      # training/runs/ from data/emoji.safetensors, to train on from there
     python -m training.train vae          # the autoencoder, on scenes
     python -m training.store 0 80         # 80 x 250 scenes as latents; several processes may share the numbers
+    python -m training.train text         # the text encoder alone, until it says what is where
     python -m training.train diffusion    # the UNet and the text encoder together, on the store
     python -m training.train attention    # the UNet's attention and the text encoder alone; the rest stays as it is
     python -m training.train decoder      # the decoder alone, on slightly noisy latents; the store stays valid
@@ -34,12 +35,13 @@ from decoder import DecoderConfig, VAE_Decoder
 from diffusion import Diffusion, DiffusionConfig
 from encoder import LATENT_SCALE, EncoderConfig, VAE_Encoder
 from images import to_uint8
-from model_converter import to_standard_weights
+from model_converter import NETWORKS, to_standard_weights
 from model_loader import load_tokenizer, preload_models_from_standard_weights
 from pipeline import generate, tokenize
 from training import emoji, loop, scenes
 from training.judge import JudgeStage, to_images
 from training.loop import Settings, make_optimizer, save, sheet
+from training.reader import Reader
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "training" / "runs"
@@ -55,6 +57,7 @@ DIFFUSION_CONFIG = DiffusionConfig(channels=(64, 128, 160), attends=(False, True
 
 SETTINGS = {
     "vae": Settings(steps=1200, batch=8, learning_rate=5e-4, decay=0.6, ema=0.99, report_every=400),
+    "text": Settings(steps=1200, batch=32, learning_rate=7e-4, ema=0.99, weight_decay=0),
     "diffusion": Settings(steps=2150, batch=16, learning_rate=7e-4, ema=0.998, save_every=48),
     "attention": Settings(steps=3000, batch=16, learning_rate=7e-4, decay=0.6, ema=0.998, weight_decay=0),
     "decoder": Settings(steps=1200, batch=8, learning_rate=4e-4, warmup=20, decay=0.7, ema=0.98, save_every=20),
@@ -201,24 +204,59 @@ def edge_loss(decoded, images):
     return sum(F.l1_loss(decoded.diff(dim=dim), images.diff(dim=dim)) for dim in (2, 3))
 
 
-# ---- stage 2: the UNet and the text encoder
+# ---- stage 2: the text encoder
+
+
+class TextStage:
+    """The text encoder, with a reader for which it has to tell what is where; no pictures are needed for that."""
+
+    learning_rates = {"reader": 4.0}  # as shares of the stage's own
+
+    def __init__(self, grammar):
+        self.grammar, self.tokenizer = grammar, load_tokenizer()
+        clip = CLIP(CLIP_CONFIG)
+        nn.init.normal_(clip.token_embedding.weight, std=0.02)
+        nn.init.normal_(clip.position_embedding.weight, std=0.01)
+        reader = Reader(len(grammar.world), grammar.backgrounds, CLIP_CONFIG.d_embed, CLIP_CONFIG.n_heads)
+        self.modules = nn.ModuleDict({"clip": clip, "reader": reader})
+
+    def loss(self, step, batch, generator):
+        rng = random.Random(torch.randint(2**60, (), generator=generator).item())
+        some = [self.grammar.scene(rng) for _ in range(batch)]
+        return self.modules["reader"].loss(self.encode([self.grammar.caption(rng, scene) for scene in some]), some)
+
+    def encode(self, captions):
+        return self.modules["clip"](tokenize(captions, self.tokenizer))
+
+    def report(self):
+        """The share of held-out combinations that are read wholly right, in trained and in held-out wordings."""
+        rng, told = random.Random(0), []
+        for wording in (scenes.TRAINED, scenes.HELD_OUT):
+            for kind in scenes.SHARES:
+                some = self.grammar.held_out_scenes(rng, kind, 20)
+                context = self.encode([self.grammar.caption(rng, scene, wording) for scene in some])
+                told.append(f"{kind} {self.modules['reader'].is_right(context, some).float().mean():.0%}")
+        n = len(scenes.SHARES)
+        return f"read right: {', '.join(told[:n])}; in held-out wordings: {', '.join(told[n:])}", None
+
+
+# ---- stage 3: the UNet and the text encoder
 
 
 class DiffusionStage:
     """Predicts the noise in latents (DDPM, 2006.11239, eq. 14), weighted by min-SNR (2303.09556).
 
-    The text encoder is trained along, at half the learning rate: it has to tell apart what the UNet has to draw.
+    The text encoder is trained along, at half the learning rate, and goes on to tell its reader what is where.
     """
 
-    learning_rates = {"clip": 0.5}  # as shares of the stage's own
+    learning_rates = {"clip": 0.5}
 
     def __init__(self, grammar):
         self.grammar = grammar
-        clip, diffusion = CLIP(CLIP_CONFIG), Diffusion(DIFFUSION_CONFIG)
-        nn.init.normal_(clip.token_embedding.weight, std=0.02)
-        nn.init.normal_(clip.position_embedding.weight, std=0.01)
+        diffusion = Diffusion(DIFFUSION_CONFIG)
         zero_residuals(diffusion)
-        self.modules = nn.ModuleDict({"clip": clip, "diffusion": diffusion})
+        text = load_stage("text", grammar).requires_grad_(True)
+        self.modules = nn.ModuleDict({"clip": text["clip"], "diffusion": diffusion, "reader": text["reader"]})
         self.tokenizer = load_tokenizer()
         self.noise_loss = loop.NoiseLoss(DIFFUSION_CONFIG, snr_gamma=5)
         self.scenes, self.latents, self.vae = None, None, None  # read when they are needed
@@ -230,7 +268,10 @@ class DiffusionStage:
         rows = [rng.randrange(len(self.scenes)) for _ in range(batch)]
         captions = ["" if rng.random() < 0.1 else self.grammar.caption(rng, self.scenes[row]) for row in rows]
         context = self.modules["clip"](tokenize(captions, self.tokenizer))
-        return self.noise_loss(self.modules["diffusion"], self.latents[rows].float(), context, generator)
+        told = [k for k, caption in enumerate(captions) if caption]
+        reading = self.modules["reader"].loss(context[told], [self.scenes[rows[k]] for k in told])
+        noise = self.noise_loss(self.modules["diffusion"], self.latents[rows].float(), context, generator)
+        return noise + 0.1 * reading
 
     def report(self):
         """The loss on 40 held-out combinations, which stands still where only the trained ones are learnt; a sheet."""
@@ -243,7 +284,7 @@ class DiffusionStage:
         latents = self.vae["encoder"](draw_images(self.grammar, rng, found), torch.zeros(len(found), 4, 16, 16))
         context, generator = self.modules["clip"](tokenize(prompts, self.tokenizer)), torch.Generator().manual_seed(0)
         losses = [self.noise_loss(self.modules["diffusion"], latents, context, generator).item() for _ in range(8)]
-        models = {**self.vae, **self.modules}
+        models = {**self.vae, "clip": self.modules["clip"], "diffusion": self.modules["diffusion"]}
         images = generate(prompts, models=models, tokenizer=self.tokenizer, seed=42, sampler_name="ddim",
                           n_inference_steps=20, cfg_scale=3.0)
         return f"held-out loss {sum(losses) / len(losses):.4f}", sheet(images, 8)
@@ -258,7 +299,7 @@ class AttentionStage(DiffusionStage):
 
     def __init__(self, grammar):
         super().__init__(grammar)
-        self.modules.load_state_dict(load_stage("diffusion", grammar).state_dict())
+        self.modules["diffusion"].load_state_dict(load_stage("diffusion", grammar)["diffusion"].state_dict())
         for name, weight in self.modules["diffusion"].named_parameters():
             weight.requires_grad_("attention_" in name)
         self.noise_loss = loop.NoiseLoss(DIFFUSION_CONFIG, snr_gamma=5, snr_floor=0.1)
@@ -272,8 +313,8 @@ def read_store(folder):
     return [scene for shard in shards for scene in shard["scenes"]], torch.cat([shard["latents"] for shard in shards])
 
 
-STAGES = {"vae": VaeStage, "diffusion": DiffusionStage, "attention": AttentionStage, "decoder": DecoderStage,
-          "judge": JudgeStage}
+STAGES = {"vae": VaeStage, "text": TextStage, "diffusion": DiffusionStage, "attention": AttentionStage,
+          "decoder": DecoderStage, "judge": JudgeStage}
 
 
 def zero_residuals(network):
@@ -337,8 +378,8 @@ def export(grammar, path=MODEL, cfg_scale=4.0):
     for name in ("attention", "decoder"):
         if (RUNS / f"{name}.pt").exists():
             models.update(load_stage(name, grammar))
-    weights = {name: weight.half() for name, weight in
-               to_standard_weights({network: module.state_dict() for network, module in models.items()}).items()}
+    weights = to_standard_weights({network: models[network].state_dict() for network in NETWORKS})
+    weights = {name: weight.half() for name, weight in weights.items()}
     last = "attention" if (RUNS / "attention.pt").exists() else "diffusion"
     steps = torch.load(RUNS / f"{last}.pt")["step"]
     metadata = {
@@ -363,10 +404,10 @@ def restore(grammar, path=MODEL):
     if kept := [name for name in STAGES if (RUNS / f"{name}.pt").exists()]:
         raise ValueError(f"{RUNS} has runs already ({', '.join(kept)}); move them away first")
     models = preload_models_from_standard_weights(path, "cpu", "float32")
-    for name in ("vae", "diffusion"):
+    for name in ("vae", "text", "diffusion"):
         stage = STAGES[name](grammar)
-        for part, module in stage.modules.items():
-            module.load_state_dict(models[part].state_dict())
+        for part in stage.modules.keys() & models.keys():
+            stage.modules[part].load_state_dict(models[part].state_dict())
         save(RUNS / f"{name}.pt", {"step": 0, "weights": stage.modules.state_dict(),
                                    "ema": {key: weight.detach() for key, weight in stage.modules.named_parameters()},
                                    "optimizer": make_optimizer(stage, SETTINGS[name]).state_dict()})
