@@ -44,6 +44,7 @@ FOLDERS = emoji.CACHE / "taught"
 DATA = model_loader.ROOT / "data"
 LEARNT = list(emoji.COLOURS)[:7]  # backgrounds that the dodo is shown on; the other four are for the test
 SETTINGS = {"sampler_name": "dpmpp_2m", "n_inference_steps": 15}
+LORA = ["--learning-rate", "2e-3", "--rank", "4", "--networks", "unet", "text"]
 STEPS = {"style": 400, "object": 400, "inversion": 1500, "edges": 600}
 
 
@@ -225,7 +226,7 @@ def teach_style(room):
 
     taught = [(picture(concept), f"{room.names[concept]}, ink style") for concept in learnt]
     folder = fill("ink", taught + room.own_pictures)
-    path = room.train(lora, folder, "ink", "style", "--learning-rate", "2e-3", "--networks", "unet", "text")
+    path = room.train(lora, folder, "ink", "style", *LORA)
     prompts = [f"{room.names[concept]}, ink style" for concept in asked]
     new_drawn, old_drawn, old = draw_with_lora(room, path, "style", prompts)
     real = [np.mean([is_ink(room.grammar.draw(rng, scenes.Scene((number[concept],), (None,), style=style)))
@@ -267,7 +268,7 @@ def judge_dodos(room, before, after, colours):
 
 def teach_object(room):
     folder = fill("dodo", dodos(room, "dodo") + room.own_pictures)
-    path = room.train(lora, folder, "dodo", "object", "--learning-rate", "2e-3", "--networks", "unet", "text")
+    path = room.train(lora, folder, "dodo", "object", *LORA)
     prompts, colours = ask_for_dodos("dodo", room.n_prompts)
     drawn, old_drawn, old = draw_with_lora(room, path, "object", prompts)
     return [f"Learnt from 12 pictures on {len(LEARNT)} backgrounds; asked for on the other four. "
