@@ -125,7 +125,7 @@ def draw_cpp(path, steps, cfg_scale, tiny, file):
     from stable_diffusion_cpp import StableDiffusion
 
     taesd = str(tiny_vae() / "diffusion_pytorch_model.safetensors") if tiny else ""
-    model = StableDiffusion(model_path=str(path), taesd_path=taesd)
+    model = StableDiffusion(model_path=str(path), taesd_path=taesd, n_threads=os.cpu_count())
     model.generate_image(prompt=PROMPT, width=512, height=512, cfg_scale=cfg_scale, sample_steps=steps, seed=42,
                          sample_method="ddim_trailing" if steps == 20 else "lcm")[0].save(file)
 

@@ -10,7 +10,9 @@ import threading
 import torch
 from torch import nn
 
-SMALL = 2**26  # weights of a network: the embedded UNet has 2**23, SD 1.5's 2**30
+from cpu.packed import Packed
+
+SMALL = 2**24  # weights of a network: the embedded UNet has 2**23; of SD 1.5's the encoder, its smallest, has 2**25
 FEW = 4  # rows of a batch: with more, the work between two waits is worth sharing
 
 outside = threading.local()  # .numbers: of threads outside each call that is under way in this thread
@@ -21,7 +23,8 @@ def use_one_thread(network: nn.Module) -> nn.Module:
 
     Returns the network; large ones as they are.
     """
-    if sum(weight.numel() for weight in network.parameters()) <= SMALL:
+    packed = [layer.packed_weight for layer in network.modules() if isinstance(layer, Packed)]  # are no parameters
+    if sum(weight.numel() for weight in [*network.parameters(), *packed]) <= SMALL:
         network.register_forward_pre_hook(begin)
         network.register_forward_hook(end, always_call=True)
     return network

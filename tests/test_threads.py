@@ -4,7 +4,10 @@ import pickle
 import pytest
 import torch
 
+from cpu.packed import pack
 from cpu.threads import FEW, use_one_thread
+from model_converter import NETWORKS
+from model_loader import ROOT, preload_models_from_standard_weights
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +48,23 @@ def test_calls_within_calls():
     assert [layer.numbers for layer in network] == [[1], [1]] and torch.get_num_threads() == 2
 
 
-def test_large_networks_keep_all_threads():
+@pytest.mark.parametrize("network", NETWORKS)
+def test_the_networks_of_sd_keep_all_threads(network):
     with torch.device("meta"):
-        network = torch.nn.Linear(2**13, 2**13 + 1)
-    assert not use_one_thread(network)._forward_pre_hooks
+        assert not use_one_thread(NETWORKS[network]())._forward_pre_hooks
+
+
+def test_packed_weights_count():
+    layer = torch.nn.Linear(2**12, 2**12 + 1)
+    assert not use_one_thread(layer)._forward_pre_hooks
+    assert not use_one_thread(torch.nn.Sequential(pack(layer)))._forward_pre_hooks
+    assert use_one_thread(torch.nn.Sequential(pack(torch.nn.Linear(16, 16))))._forward_pre_hooks
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_model_in_the_box_is_small(packed):
+    models = preload_models_from_standard_weights(ROOT / "data" / "emoji.safetensors", "cpu", "float32", pack=packed)
+    assert all(model._forward_pre_hooks for model in models.values())
 
 
 def test_such_networks_can_be_copied_and_pickled():
