@@ -19,7 +19,7 @@ def told(scene, grammar):  # noqa: F811
     """({place: thing}, {place: colour}, background) of a scene, by the reader's classes"""
     things, colours, background = make_reader(grammar).answers([scene])
     return ({place: k for place, k in zip(PLACES, things[0].tolist()) if k != NOTHING},
-            {place: reader.COLOURS[k] for place, k in zip(PLACES, colours[0].tolist()) if k != reader.NOT_ASKED},
+            {place: scenes.THING_COLOURS[k] for place, k in zip(PLACES, colours[0].tolist()) if k != reader.NOT_ASKED},
             grammar.backgrounds[background])
 
 

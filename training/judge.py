@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from training import scenes
 
 LAYOUTS = ["whole", *scenes.POSITIONS, *scenes.COUNTS]
-COLOURS = [None, *scenes.OBJECT_COLOURS]
 N_SCENES = 8000
 
 
@@ -30,7 +29,8 @@ class Classifier(nn.Module):
         for n_in, n_out in [(32, 64), (64, 128), (128, 128), (128, 128)]:  # 64 pixels to 4
             self.features.extend([nn.Conv2d(n_in, n_out, 3, stride=2, padding=1), nn.GroupNorm(8, n_out), nn.GELU()])
         self.features.append(nn.Flatten())
-        classes = {"thing": grammar.world, "colour": COLOURS, "layout": LAYOUTS, "background": grammar.backgrounds}
+        classes = {"thing": grammar.world, "colour": scenes.THING_COLOURS, "layout": LAYOUTS,
+                   "background": grammar.backgrounds}
         self.heads = nn.ModuleDict({name: nn.Linear(128 * 4 * 4, len(known)) for name, known in classes.items()})
 
     def forward(self, images):
@@ -70,7 +70,7 @@ def draw_single(grammar, rng, n):
             chosen.append(scene)
     pictures = torch.stack([torch.tensor(grammar.draw(rng, scene)) for scene in chosen])
     answers = {"thing": [scene.things[0] for scene in chosen],
-               "colour": [COLOURS.index(scene.colours[0]) for scene in chosen],
+               "colour": [scenes.THING_COLOURS.index(scene.colours[0]) for scene in chosen],
                "layout": [LAYOUTS.index(scene.layout) for scene in chosen],
                "background": [grammar.backgrounds.index(scene.background) for scene in chosen]}
     return pictures, {name: torch.tensor(classes) for name, classes in answers.items()}
@@ -85,7 +85,7 @@ def see(judge, grammar, kind, pictures):
     if kind == "pair":
         return see_pairs(judge, pictures)
     seen = {name: logits.argmax(dim=1).tolist() for name, logits in judge(to_images(torch.tensor(pictures))).items()}
-    name, known = {"colour": ("colour", COLOURS), "background": ("background", grammar.backgrounds)}.get(
+    name, known = {"colour": ("colour", scenes.THING_COLOURS), "background": ("background", grammar.backgrounds)}.get(
         kind, ("layout", LAYOUTS))
     return [(thing, known[k]) for thing, k in zip(seen["thing"], seen[name])]
 

@@ -13,7 +13,6 @@ from attention import CrossAttention
 from training import scenes
 
 PLACES = torch.tensor(list(scenes.POSITIONS.values()))
-COLOURS = [None, *scenes.OBJECT_COLOURS]
 NOT_ASKED = -100  # of the colour where nothing is; what cross_entropy leaves out
 
 
@@ -32,7 +31,7 @@ class Reader(nn.Module):
         self.queries = nn.Parameter(0.3 * torch.randn(len(PLACES) + 1, d_context))
         self.attention = CrossAttention(n_heads, d_context, d_context)
         self.thing = nn.Linear(d_context, n_things + 1)  # the last: nothing
-        self.colour = nn.Linear(d_context, len(COLOURS))
+        self.colour = nn.Linear(d_context, len(scenes.THING_COLOURS))
         self.background = nn.Linear(d_context, len(backgrounds))
 
     def forward(self, context):
@@ -48,7 +47,7 @@ class Reader(nn.Module):
             for k, middle in scenes.middles(scene):
                 place = (PLACES - torch.tensor(middle)).square().sum(dim=1).argmin()
                 things[row, place] = scene.things[k]
-                colours[row, place] = COLOURS.index(scene.colours[k])
+                colours[row, place] = scenes.THING_COLOURS.index(scene.colours[k])
         return things, colours, torch.tensor([self.backgrounds.index(scene.background) for scene in some])
 
     def loss(self, context, some):

@@ -30,6 +30,7 @@ OBJECT_COLOURS = {
     "blue": (30, 80, 220), "purple": (130, 40, 185), "pink": (255, 130, 190), "brown": (130, 75, 40),
     "black": (35, 35, 40), "grey": (140, 140, 145), "white": (240, 240, 242),
 }
+THING_COLOURS = [None, *OBJECT_COLOURS]  # None: as it is drawn
 OTHER_SPELLINGS = {"grey": ["grey", "gray"], "purple": ["purple", "violet"], "sky blue": ["sky blue", "light blue"]}
 # name: column and row of the middle of a small object, in shares of the side
 POSITIONS = {

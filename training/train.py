@@ -250,6 +250,7 @@ class DiffusionStage:
     """
 
     learning_rates = {"clip": 0.5}
+    snr_floor = 0.0
 
     def __init__(self, grammar):
         self.grammar = grammar
@@ -258,7 +259,7 @@ class DiffusionStage:
         text = load_stage("text", grammar).requires_grad_(True)
         self.modules = nn.ModuleDict({"clip": text["clip"], "diffusion": diffusion, "reader": text["reader"]})
         self.tokenizer = load_tokenizer()
-        self.noise_loss = loop.NoiseLoss(DIFFUSION_CONFIG, snr_gamma=5)
+        self.noise_loss = loop.NoiseLoss(DIFFUSION_CONFIG, snr_gamma=5, snr_floor=self.snr_floor)
         self.scenes, self.latents, self.vae = None, None, None  # read when they are needed
 
     def loss(self, step, batch, generator):
@@ -297,12 +298,13 @@ class AttentionStage(DiffusionStage):
     so that git stores a new version of it in 3 MB instead of 28.
     """
 
+    snr_floor = 0.1
+
     def __init__(self, grammar):
         super().__init__(grammar)
         self.modules["diffusion"].load_state_dict(load_stage("diffusion", grammar)["diffusion"].state_dict())
         for name, weight in self.modules["diffusion"].named_parameters():
             weight.requires_grad_("attention_" in name)
-        self.noise_loss = loop.NoiseLoss(DIFFUSION_CONFIG, snr_gamma=5, snr_floor=0.1)
 
 
 def read_store(folder):
