@@ -89,9 +89,7 @@ def can_pack(device, dtype="auto"):
 
 def pays_to_pack(path, device, dtype="auto"):
     """Returns whether `pack` makes a checkpoint faster: where it is possible, but for networks as small as the embedded
-    model's and on processors with AVX2 alone, which take longer packed (benchmarks/README.md)."""
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":
-        return False
+    model's, which take longer packed (benchmarks/README.md)."""
     path = Path(path)
     files = [path] if path.is_file() else path.glob("unet/*")
     return can_pack(device, dtype) and sum(file.stat().st_size for file in files) > 2**28

@@ -3,10 +3,9 @@
     python -m benchmarks.unet_step [--dtypes bfloat16 float32] [--parts unet decoder text] [--rounds 5] [--no-openvino]
 
 All have the weights of one random checkpoint of full size (made on first use) and the same inputs, and take turns
-within one process. `ours` has packed weights, as `generate` loads large checkpoints on the CPU (but for AVX2 alone,
-where they are slower); `ours, plain` is what the loader returns with pack=False. The peers are diffusers, eager, and
-its UNet through OpenVINO, to which a hint says in which precision to compute; converting for it takes two minutes and
-is not counted.
+within one process. `ours` has packed weights, as `generate` loads large checkpoints on the CPU; `ours, plain` is what
+the loader returns with pack=False. The peers are diffusers, eager, and its UNet through OpenVINO, to which a hint says
+in which precision to compute; converting for it takes two minutes and is not counted.
 
 A guided step predicts noise for the prompt and for the empty prompt: a batch of two for the peers; ours is given the
 latents once. Before timing, each output is compared with diffusers' in float32.

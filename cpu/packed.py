@@ -8,6 +8,8 @@ The networks compute what they did before, but can no longer be trained, saved o
   the processor reads them in one go. That is a tenth of a UNet's step; `pack` does it once.
 - A convolution that follows a nearest-neighbour enlargement becomes four smaller ones on the small picture, with 4/9 of
   the work (`PackedUpsample`).
+- On processors with AVX2 alone, most 3x3 convolutions take a quarter of the products (`cpu/winograd.py`). Linear layers
+  are as fast as they are, and so are convolutions with more weights than pixels, as one product of matrices.
 - Packed convolutions return tensors in channels_last, where PyTorch's group norms are less exact for large pictures.
   `BandedGroupNorm` makes up for that.
 """
@@ -17,12 +19,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from attention import SelfAttention
-from cpu import attention
+from cpu import attention, winograd
 from decoder import VAE_Upsample
 from diffusion import GEGLU, ResidualBlock, Upsample
 from encoder import VAE_ResidualBlock
 
 onednn = torch.ops.mkldnn
+AVX2_ALONE = torch.backends.cpu.get_cpu_capability() == "AVX2"  # which has float32 alone; benchmarks/README.md
 
 
 def pack(layer: nn.Module) -> nn.Module:
@@ -34,14 +37,16 @@ def pack(layer: nn.Module) -> nn.Module:
     Returns:
         The packed layer, or the network. Packed layers hold `packed_weight` instead of `weight`.
     """
+    if isinstance(layer, nn.Linear) and AVX2_ALONE:
+        return layer
     if isinstance(layer, GEGLU):
         return PackedGEGLU(layer)
     if isinstance(layer, nn.Linear):
         return PackedLinear(layer.weight, layer.bias)
     if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
-        return PackedConv1x1(layer.weight[:, :, 0, 0], layer.bias)
+        return PackedConv1x1(layer)
     if isinstance(layer, nn.Conv2d):
-        return PackedConv2d(layer.weight, layer.bias, layer.stride, layer.padding)
+        return pack_convolution(layer.weight, layer.bias, layer.stride, layer.padding)
     if isinstance(layer, (VAE_Upsample, Upsample)):
         return PackedUpsample(layer)
     if isinstance(layer, (VAE_ResidualBlock, ResidualBlock)):
@@ -53,6 +58,19 @@ def pack(layer: nn.Module) -> nn.Module:
     for name, child in layer.named_children():
         setattr(layer, name, pack(child))
     return layer
+
+
+def pack_convolution(weight, bias, stride, padding):
+    """Returns the layer for a convolution with a kernel (channels out, channels in, h, w) of more than one pixel."""
+    n_out, n_in, *kernel = weight.shape
+    bias = nn.Parameter(weight.new_zeros(n_out)) if bias is None else bias
+    if not AVX2_ALONE or weight.dtype != torch.float32:
+        return PackedConv2d(weight, bias, stride, padding)
+    if n_out * n_in > 1920 * 640:  # SD's see 16x16 pixels and fewer in pictures of 512x512: transforms would not pay
+        return UnfoldedConv2d(weight, bias, stride, padding)
+    if (kernel, stride, padding) == ([3, 3], (1, 1), (1, 1)) and min(n_out, n_in) >= 32:
+        return WinogradConv2d(weight.detach(), bias)
+    return PackedConv2d(weight, bias, stride, padding)
 
 
 class Packed(nn.Module):
@@ -89,11 +107,17 @@ class PackedLinear(Packed):
         return onednn._linear_pointwise(x, self.packed_weight, self.bias, "none", [], "")
 
 
-class PackedConv1x1(PackedLinear):
+class PackedConv1x1(nn.Module):
     """A linear layer over the channels."""
 
+    def __init__(self, conv):
+        super().__init__()
+        linear = nn.Linear(conv.in_channels, conv.out_channels, device="meta")
+        linear.weight, linear.bias = nn.Parameter(conv.weight.detach()[:, :, 0, 0]), conv.bias
+        self.linear = pack(linear)
+
     def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class PackedGEGLU(nn.Module):
@@ -112,13 +136,46 @@ class PackedGEGLU(nn.Module):
 
 
 class PackedConv2d(Packed):
+    """With AVX2 alone, weights that are arranged for another size of picture take up to four times as long: there they
+    are arranged for the first picture, and again when its size changes."""
+
     def __init__(self, weight, bias, stride, padding):
-        self.geometry = padding, stride, (1, 1), 1  # dilation, groups
-        super().__init__(onednn._reorder_convolution_weight(weight.detach(), *self.geometry), bias)
+        self.geometry, self.size = (padding, stride, (1, 1), 1), None  # dilation, groups
+        weight = weight.detach()
+        super().__init__(weight if AVX2_ALONE else onednn._reorder_convolution_weight(weight, *self.geometry), bias)
 
     def forward(self, x):
-        x = x.to(self.packed_weight.dtype)
-        return onednn._convolution_pointwise(x, self.packed_weight, self.bias, *self.geometry, "none", [], "")
+        weight = self.packed_weight
+        x = x.to(weight.dtype)
+        if AVX2_ALONE and x.shape[2:] != self.size:
+            weight = weight.to_dense() if weight.is_mkldnn else weight
+            weight = self.packed_weight = onednn._reorder_convolution_weight(weight, *self.geometry, x.shape)
+            self.size = x.shape[2:]
+        return onednn._convolution_pointwise(x, weight, self.bias, *self.geometry, "none", [], "")
+
+
+class WinogradConv2d(Packed):
+    """A 3x3 convolution in float32 by `cpu/winograd.py`."""
+
+    def forward(self, x):
+        return winograd.convolve(x.to(self.packed_weight.dtype), self.packed_weight, self.bias)
+
+
+class UnfoldedConv2d(Packed):
+    """A convolution as one product of matrices: its weights, which are more than its pixels, are read as they lie."""
+
+    def __init__(self, weight, bias, stride, padding):
+        super().__init__(weight.detach(), bias)
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x):
+        weight = self.packed_weight
+        h, w = ((size + 2 * padding - kernel) // stride + 1 for size, padding, kernel, stride
+                in zip(x.shape[2:], self.padding, weight.shape[2:], self.stride))
+        columns = F.unfold(x.to(weight.dtype), weight.shape[2:], padding=self.padding, stride=self.stride)
+        columns = columns.transpose(0, 1).flatten(1)  # (channels in * kernel, batch * h * w)
+        out = torch.addmm(self.bias[:, None], weight.flatten(1), columns)
+        return out.view(len(weight), len(x), h, w).transpose(0, 1)
 
 
 class PackedResidualBlock(nn.Module):
@@ -156,10 +213,10 @@ class PackedUpsample(nn.Module):
         super().__init__()
         conv = layer.conv
         self.takes = getattr(layer, "takes", None)
-        self.plain = PackedConv2d(conv.weight, conv.bias, conv.stride, conv.padding)
+        self.plain = pack_convolution(conv.weight, conv.bias, conv.stride, conv.padding)
         weight = conv.weight.detach().float()
         self.phases = nn.ModuleList(
-            PackedConv2d(sum_taps(sum_taps(weight, 2, i), 3, j).to(conv.weight.dtype), conv.bias, (1, 1), (1, 1))
+            pack_convolution(sum_taps(sum_taps(weight, 2, i), 3, j).to(conv.weight.dtype), conv.bias, (1, 1), (1, 1))
             for i in range(2) for j in range(2))
 
     def forward(self, x, size=None):

@@ -5,13 +5,21 @@ import pickle
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import model_loader
 import oracle
+from cpu import packed
 from cpu.packed import PackedUpsample, pack
 from diffusion import Upsample
 from model_converter import NETWORKS, to_standard_weights
 from pipeline import generate, get_time_embedding
+
+
+@pytest.fixture(params=[False, True], ids=["arranged", "avx2"], autouse=True)
+def of_either_kind_of_processor(request, monkeypatch):
+    """What is chosen for AVX2 alone computes on others, too, and the other way round."""
+    monkeypatch.setattr(packed, "AVX2_ALONE", request.param)
 
 
 def inputs(network, dtype=torch.float32):
@@ -28,9 +36,10 @@ def test_a_packed_network_is_the_plain_one(network):
     module = oracle.randomize(NETWORKS[network](oracle.TINY[network])).eval()
     arguments = inputs(network)
     expected = module(*arguments)
-    packed = pack(module)
-    assert not any(type(layer) in (torch.nn.Linear, torch.nn.Conv2d) for layer in packed.modules())
-    torch.testing.assert_close(packed(*arguments), expected, atol=1e-5, rtol=1e-5)
+    module = pack(module)
+    plain = torch.nn.Conv2d if packed.AVX2_ALONE else (torch.nn.Linear, torch.nn.Conv2d)
+    assert not any(isinstance(layer, plain) for layer in module.modules())
+    torch.testing.assert_close(module(*arguments), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_packed_unet_takes_odd_sizes():
@@ -61,8 +70,8 @@ def test_bfloat16_is_no_further_from_float32_than_unpacked():
         expected = exact(*arguments)
         half = [x.bfloat16() if x.is_floating_point() else x for x in arguments]
         plain = exact.bfloat16()(*half)
-        packed = pack(exact)(*half)
-        error, plain_error = ((result.float() - expected).square().mean().sqrt() for result in (packed, plain))
+        result = pack(exact)(*half)
+        error, plain_error = ((x.float() - expected).square().mean().sqrt() for x in (result, plain))
         assert error <= 1.15 * plain_error, network
 
 
@@ -101,6 +110,21 @@ def test_a_packed_checkpoint_draws_the_same_picture(tmp_path):
                                                                            "float32", pack=pack)).astype(int)
                 for pack in (False, True)]
     assert abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_convolutions_take_pictures_of_changing_size():
+    """Each kind of layer is among them: 1281 x 1000 pairs of channels take an unfolded one."""
+    for n_in, n_out, kernel, stride in [(1281, 1000, 3, 1), (1281, 1000, 3, 2), (40, 50, 3, 2), (40, 50, 3, 1),
+                                        (4, 40, 3, 1), (40, 3, 2, 1)]:
+        conv = oracle.randomize(torch.nn.Conv2d(n_in, n_out, kernel, stride, padding=1))
+        layer = packed.pack_convolution(conv.weight, conv.bias, conv.stride, conv.padding)
+        without_bias = packed.pack_convolution(conv.weight, None, conv.stride, conv.padding)
+        for shape in [(2, n_in, 8, 12), (1, n_in, 8, 12), (1, n_in, 5, 3), (2, n_in, 8, 12)]:
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+            expected = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), stride, padding=1)
+            tolerance = {"atol": 5e-5 * expected.std().item(), "rtol": 0}
+            torch.testing.assert_close(layer(x).double(), expected, **tolerance)
+            torch.testing.assert_close((without_bias(x) + conv.bias[:, None, None]).double(), expected, **tolerance)
 
 
 def test_packed_weights_cannot_be_moved_or_converted():
