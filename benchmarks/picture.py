@@ -63,10 +63,10 @@ def command_times(rounds):
 
 def tiny_vae():
     """Returns the path of a TAESD with random weights, as diffusers writes it; written on first use."""
-    from diffusers import AutoencoderTiny
-
     folder = measure.CACHE / "tiny-vae"
     if not (folder / "config.json").exists():
+        from diffusers import AutoencoderTiny  # ours draws without waiting for this
+
         torch.manual_seed(0)
         AutoencoderTiny().save_pretrained(folder)
     return folder

@@ -11,7 +11,8 @@ In float32 the result is as exact as that of PyTorch's own convolutions. In bflo
 """
 
 import functools
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 POINTS = (0, 3 / 4, -3 / 4, 3 / 2, -3 / 2)  # and infinity; with the paper's 0, ±1, ±2, errors are twice as large
 TILES = 128  # at a time: what belongs to them stays in the cache
 
-scratch = threading.local()  # .memory, of each thread: fresh memory at each call would cost more than all transforms
+spare = []  # memory for transformed weights, one tensor for each call at a time: fresh memory takes four times as long
 
 
 @functools.cache
@@ -35,16 +36,22 @@ def values_at_points(n: int) -> Tensor:
     return torch.tensor([[point**k for k in range(n)] for point in POINTS] + [[0] * (n - 1) + [1]], dtype=torch.float64)
 
 
-def transform_weight(weight: Tensor) -> Tensor:
-    """(channels out, channels in, 3, 3) float32 -> (36, channels in, channels out), until this thread's next call"""
+@contextmanager
+def transformed(weight: Tensor) -> Iterator[Tensor]:
+    """Lends G g Gᵀ: (channels out, channels in, 3, 3) float32 -> (36, channels in, channels out)"""
     n_out, n_in = weight.shape[:2]
     size = 36 * n_out * n_in
-    if not hasattr(scratch, "memory") or len(scratch.memory) < size:
-        scratch.memory = torch.empty(size)
-    g = matrices()[1]
-    values = scratch.memory[:size].view(36, -1)
+    try:
+        memory = spare.pop()
+    except IndexError:
+        memory = torch.empty(0)
+    if len(memory) < size:
+        with torch.inference_mode(False):  # or else it could be written to in inference mode alone
+            memory = torch.empty(size)
+    g, values = matrices()[1], memory[:size].view(36, -1)
     torch.mm(torch.kron(g, g), weight.permute(2, 3, 0, 1).reshape(9, -1), out=values)
-    return values.view(36, n_out, n_in).mT
+    yield values.view(36, n_out, n_in).mT
+    spare.append(memory)
 
 
 def transform(matrix: Tensor, tiles: Tensor) -> Tensor:
@@ -66,20 +73,20 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         (batch, channels out, h, w) in channels_last.
     """
     b_t, _, a_t = matrices()
-    weight = transform_weight(weight)
     x = x.permute(0, 2, 3, 1)  # (batch, h, w, channels)
     b, h, w, n_in = x.shape
     n_down, n_across, n_out = -(-h // 4), -(-w // 4), len(bias)  # of tiles
     out = torch.empty(b, n_down, 4, n_across, 4, n_out)
     step = max(1, TILES // (b * n_across))
-    for begin in range(0, n_down, step):
-        end = min(begin + step, n_down)
-        top, bottom = 4 * begin - 1, 4 * end + 1  # of the rows that these tiles depend on
-        rows = x[:, max(top, 0) : bottom]
-        rows = F.pad(rows, (0, 0, 1, 4 * n_across + 1 - w, max(-top, 0), max(bottom - h, 0)))
-        tiles = rows.unfold(1, 6, 4).unfold(2, 6, 4)  # (batch, down, across, channels, 6, 6)
-        values = transform(b_t, tiles.permute(4, 5, 0, 1, 2, 3)).view(36, -1, n_in)
-        values = torch.bmm(values, weight).view(6, 6, -1)
-        pixels = transform(a_t, values).view(4, 4, b, end - begin, n_across, n_out)
-        torch.add(pixels.permute(2, 3, 0, 4, 1, 5), bias, out=out[:, begin:end])
+    with transformed(weight) as weight:
+        for begin in range(0, n_down, step):
+            end = min(begin + step, n_down)
+            top, bottom = 4 * begin - 1, 4 * end + 1  # of the rows that these tiles depend on
+            rows = x[:, max(top, 0) : bottom]
+            rows = F.pad(rows, (0, 0, 1, 4 * n_across + 1 - w, max(-top, 0), max(bottom - h, 0)))
+            tiles = rows.unfold(1, 6, 4).unfold(2, 6, 4)  # (batch, down, across, channels, 6, 6)
+            values = transform(b_t, tiles.permute(4, 5, 0, 1, 2, 3)).view(36, -1, n_in)
+            values = torch.bmm(values, weight).view(6, 6, -1)
+            pixels = transform(a_t, values).view(4, 4, b, end - begin, n_across, n_out)
+            torch.add(pixels.permute(2, 3, 0, 4, 1, 5), bias, out=out[:, begin:end])
     return out.view(b, 4 * n_down, 4 * n_across, n_out)[:, :h, :w].permute(0, 3, 1, 2)

@@ -67,8 +67,8 @@ def test_what_is_not_finite_is_told_and_stays_in_its_tiles():
     assert is_finite.all()
 
 
-def test_threads_do_not_share_their_scratch():
-    """Layers of several sizes at once: each would overwrite the transformed weights of another."""
+def test_threads_do_not_share_memory():
+    """Layers of several sizes at once: each could overwrite the transformed weights of another."""
     layers = [layer(32, 32 * (1 + k % 3), seed=k) for k in range(12)]
     x = picture(1, 32, 24, 24)
     with ThreadPoolExecutor(4) as pool:
@@ -76,6 +76,16 @@ def test_threads_do_not_share_their_scratch():
     for weights, of_layer in zip(layers, results):
         for result in of_layer:
             torch.testing.assert_close(result.double(), exact(x, *weights), atol=2e-5, rtol=0)
+    assert len(winograd.spare) <= 4
+
+
+def test_inference_mode_is_no_different():
+    x, (weight, bias) = picture(1, 64, 32, 32), layer(64, 64)
+    winograd.spare.clear()
+    winograd.matrices.cache_clear()
+    with torch.inference_mode():
+        first = winograd.convolve(x, weight, bias)
+    assert torch.equal(winograd.convolve(x, weight, bias), first)
 
 
 def test_autocast_leaves_it_in_float32():
