@@ -8,8 +8,8 @@ The networks compute what they did before, but can no longer be trained, saved o
   the processor reads them in one go. That is a tenth of a UNet's step; `pack` does it once.
 - A convolution that follows a nearest-neighbour enlargement becomes four smaller ones on the small picture, with 4/9 of
   the work (`PackedUpsample`).
-- On processors with AVX2 alone, most 3x3 convolutions take a quarter of the products (`cpu/winograd.py`). Linear layers
-  are as fast as they are, and so are convolutions with more weights than pixels, as one product of matrices.
+- On processors with AVX2 alone, most 3x3 convolutions take a quarter of the products (`cpu/winograd.py`). Those with
+  more weights than pixels are one product of matrices. Linear layers stay plain: packed, they are slower there.
 - Packed convolutions return tensors in channels_last, where PyTorch's group norms are less exact for large pictures.
   `BandedGroupNorm` makes up for that.
 """

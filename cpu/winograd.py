@@ -26,9 +26,9 @@ spare = []  # memory for transformed weights, one tensor for each call at a time
 
 @functools.cache
 def matrices() -> tuple[Tensor, Tensor, Tensor]:
-    """Returns Bᵀ (6, 6), G (6, 3) and Aᵀ (4, 6)."""
+    """Returns Bᵀ (6, 6), G ⊗ G (36, 9), for kernels that are flattened, and Aᵀ (4, 6)."""
     b, g, a = values_at_points(6).inverse().T, values_at_points(3), values_at_points(4).T
-    return b.float(), g.float(), a.float()
+    return b.float(), torch.kron(g, g).float(), a.float()
 
 
 def values_at_points(n: int) -> Tensor:
@@ -48,8 +48,8 @@ def transformed(weight: Tensor) -> Iterator[Tensor]:
     if len(memory) < size:
         with torch.inference_mode(False):  # or else it could be written to in inference mode alone
             memory = torch.empty(size)
-    g, values = matrices()[1], memory[:size].view(36, -1)
-    torch.mm(torch.kron(g, g), weight.permute(2, 3, 0, 1).reshape(9, -1), out=values)
+    values = memory[:size].view(36, -1)
+    torch.mm(matrices()[1], weight.permute(2, 3, 0, 1).reshape(9, -1), out=values)
     yield values.view(36, n_out, n_in).mT
     spare.append(memory)
 
