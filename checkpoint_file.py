@@ -1,6 +1,8 @@
 """A stranger's file of weights in, names and tensors out. Nothing in it is ever executed: see `unpickler.py`."""
 
+import bisect
 import ctypes
+import math
 import mmap
 import struct
 import sys
@@ -162,7 +164,8 @@ def map_file(file):
 
 
 def find_mapped():
-    """Returns the addresses (first, end) at which files are mapped into memory; none where there is no /proc."""
+    """Returns the addresses (first, end) at which files are mapped into memory, in order; none where there is no
+    /proc."""
     try:
         with open("/proc/self/maps", "rb") as file:
             lines = [line.split(maxsplit=5) for line in file]
@@ -177,5 +180,6 @@ def release(tensor, mapped):
     They would be read again if they were asked for."""
     page, address = mmap.PAGESIZE, tensor.data_ptr()
     first, end = -(-address // page) * page, (address + tensor.nbytes) // page * page
-    if any(low <= first < end <= high for low, high in mapped):
+    file = bisect.bisect_right(mapped, (first, math.inf)) - 1  # the last one that begins before the tensor
+    if first < end and file >= 0 and end <= mapped[file][1]:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_DONTNEED)

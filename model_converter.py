@@ -4,6 +4,7 @@ The layout is that of the original release (CompVis, `v1-5-pruned-emaonly.ckpt`)
 Reading the file itself, of which nothing is ever executed, is `checkpoint_file.py`'s part.
 """
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -136,11 +137,14 @@ def standard_names(network: str, name: str) -> tuple[str, ...]:
         A tuple of names: one, or three for a fused projection, whose rows are those of the three in turn.
     """
     module, _, kind = name.rpartition(".")
-    start, brace, rest = substitute(RULES[network], module).partition("{")
-    if not brace:
-        return (f"{start}.{kind}",)
+    return tuple(f"{standard}.{kind}" for standard in standard_modules(network, module))
+
+
+@functools.cache  # a module has several weights, and other files the same ones
+def standard_modules(network, module):
+    start, _, rest = substitute(RULES[network], module).partition("{")
     choices, _, end = rest.partition("}")
-    return tuple(f"{start}{choice}{end}.{kind}" for choice in choices.split(","))
+    return tuple(f"{start}{choice}{end}" for choice in choices.split(","))
 
 
 def diffusers_names(network: str, name: str, config) -> tuple[str, ...]:

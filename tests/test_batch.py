@@ -392,6 +392,7 @@ def test_workers_that_are_killed(checkpoint, tmp_path, monkeypatch):
     table = tmp_path / "prompts.jsonl"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--checkpoint", str(checkpoint), "--batch", "2"]
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray's 15 leaves them no time beside other tests
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find tests
     monkeypatch.setattr(batch, "Artist", Mortal)
     monkeypatch.setattr(batch, "SPARE_RETRIES", 1)

@@ -250,8 +250,9 @@ def residuals(controlnet):
 
 
 def assert_equal_networks(ours, expected):
+    weights = ours.state_dict()
     for name, weight in expected.state_dict().items():
-        assert torch.equal(ours.state_dict()[name], weight), name
+        assert torch.equal(weights[name], weight), name
     for a, b in zip(residuals(ours), residuals(expected), strict=True):
         assert torch.equal(a, b)
 
@@ -316,8 +317,9 @@ def test_differences_are_added_to_the_base(models, load, edges, weights, prefix)
     difference = {name: weight - base[name] if name in base else weight for name, weight in edges.items()}
     file = with_prefix(difference, prefix) | {"difference": torch.ones(1)}
     controlnet, expected = load(file), load(edges)
+    found = controlnet.state_dict()
     for name, weight in expected.state_dict().items():
-        torch.testing.assert_close(controlnet.state_dict()[name], weight)
+        torch.testing.assert_close(found[name], weight)
     before = models["diffusion"].state_dict()["encoders.1.0.conv_1.weight"].clone()
     controlnet.encoders[1][0].conv_1.weight.add_(1)
     assert torch.equal(models["diffusion"].state_dict()["encoders.1.0.conv_1.weight"], before)
