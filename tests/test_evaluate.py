@@ -53,6 +53,26 @@ def test_held_out_scenes_are_fixed_and_plain(grammar):  # noqa: F811
         assert scenes.is_held_out("background", grammar.world[scene.things[0]].singular, scene.background)
 
 
+def test_held_out_combinations_are_as_many_as_there_are(grammar):  # noqa: F811
+    """Three things at nine places are 27 combinations, of which the rule holds out a few; more cannot be asked."""
+    held_out = {(thing.singular, place) for thing in grammar.world for place in scenes.POSITIONS
+                if scenes.is_held_out("position", thing.singular, place)}
+    chosen = evaluate.held_out_scenes(grammar, "position", 20)
+    assert {(grammar.world[scene.things[0]].singular, scene.layout) for scene in chosen} == held_out
+    assert 0 < len(chosen) == len(held_out) < 20
+
+
+def test_a_colour_is_seen_in_pictures_that_are_soft_and_askew(grammar):  # noqa: F811
+    """The nearest rendering has the right thing, but often one of another colour that is turned and scaled alike."""
+    judge = evaluate.Judge(grammar)
+    for thing, colour in [(0, "blue"), (1, "brown"), (2, "orange")]:
+        scene = scenes.Scene((thing,), (colour,), style="coded")
+        pictures = [grammar.draw(random.Random(seed), scene) for seed in range(20)]
+        soft = [evaluate.Image.fromarray(picture).resize((32, 32)).resize((128, 128)) for picture in pictures]
+        seen = judge.see("colour", np.stack([np.asarray(picture) for picture in soft]))
+        assert [name for _, name in seen] == [colour] * 20
+
+
 def test_round_trip_is_rounded_to_eight_bits():
     images = torch.zeros(3, 3, 128, 128)
     models = {"encoder": lambda images, noise: images, "decoder": lambda latents: latents + 0.2}
@@ -70,16 +90,16 @@ def test_a_sheet_has_every_picture_and_is_written_whole(tmp_path, monkeypatch):
 
 
 def test_the_classifier_learns_to_see(grammar, monkeypatch, tmp_path):  # noqa: F811
-    """On two dozen scenes, by heart: chance is 1/3, 1/12 and 1/13."""
-    monkeypatch.setattr(judging, "N_SCENES", 24)
+    """In pictures that it was not shown; chance is 1/3, 1/12 and 1/13."""
     stage = judging.JudgeStage(grammar)
     torch.manual_seed(0)
     settings = loop.Settings(steps=40, batch=8, learning_rate=1e-3, ema=0.9, report_every=1000)
     monkeypatch.setattr(loop, "report", lambda *arguments: None)
     loop.train("judge", stage, settings, tmp_path)
-    logits = stage.modules["judge"](judging.to_images(stage.pictures))
-    right = {name: (logits[name].argmax(dim=1) == stage.answers[name]).float().mean() for name in logits}
-    assert right["thing"] > 0.8 and right["layout"] > 0.4 and right["colour"] > 0.4
+    pictures, answers = judging.draw_single(grammar, random.Random(-1), 100)
+    logits = stage.modules["judge"](judging.to_images(pictures))
+    right = {name: (logits[name].argmax(dim=1) == answers[name]).float().mean() for name in logits}
+    assert right["thing"] > 0.6 and right["layout"] > 0.4 and right["colour"] > 0.4
 
 
 def test_pairs_are_looked_at_one_by_one(grammar):  # noqa: F811

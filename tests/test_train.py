@@ -16,7 +16,7 @@ import oracle
 from diffusion import get_time_embedding
 from model_converter import to_standard_weights
 from pipeline import generate
-from training import judge, loop, store, train
+from training import loop, store, train
 
 
 @pytest.fixture
@@ -61,7 +61,6 @@ def train_all(grammar):  # noqa: F811
 @pytest.mark.parametrize("name", train.STAGES)
 def test_training_lowers_the_loss_on_one_batch(small, name, monkeypatch):
     quiet(monkeypatch)
-    monkeypatch.setattr(judge, "N_SCENES", 8)
     if name in ("diffusion", "attention", "decoder"):
         train.train("vae", SETTINGS, small, train.RUNS)
         fill_store(small)

@@ -6,7 +6,8 @@
 Writes training/results/evaluation.md and sheets of pictures beside it. A picture is judged by the real rendering that
 is nearest to it (L2), among those of *all* combinations of its kind, so that chance is known:
 
-- `colour`: every thing in every colour and style. Picture and renderings are cut to what is on white, and scaled alike.
+- `colour`: every thing in every colour and style, cut to what is on white and scaled alike, tells the thing; of its
+  renderings, the one with the most similar shares of dark, middle and bright red, green and blue tells the colour.
 - `position`: the same for the thing; the middle of what is on white is nearest to one of the nine places.
 - `count`: two, three or four of every thing in every style, as whole pictures.
 - `pair`: left and right, or top and bottom, are each nearest to one of all things; the split that fits better counts.
@@ -70,6 +71,17 @@ def box(picture):
     return mask.getbbox() or (0, 0, *mask.size)
 
 
+def palette(pictures):
+    """Ten quantiles of the red, green and blue of what is on white -> (n, 30), the same however a thing is turned."""
+    found = []
+    for picture in pictures:
+        left, top, right, bottom = box(picture)
+        pixels = picture[top:bottom, left:right].reshape(-1, 3)
+        on_white = pixels[(255 - pixels).max(axis=1) > 40]
+        found.append(np.quantile(on_white if len(on_white) else pixels, np.linspace(0.05, 0.95, 10), axis=0))
+    return torch.tensor(np.stack(found)).flatten(1).float() / 255
+
+
 def cut(pictures):
     """What is on white, scaled to 32x32 -> (n, 3 * 32 * 32)"""
     parts = [Image.fromarray(picture).resize((32, 32), Image.Resampling.BOX, box(picture)) for picture in pictures]
@@ -102,11 +114,13 @@ class Judge:
                             continue
                         answer = {"thing": (thing,), "colour": (thing, colour), "count": (thing, layout),
                                   "background": (thing, background)}[kind]
-                        times = 1 if kind == "background" else 2
+                        times = 4 if kind == "background" else 2  # whole pictures are not cut, so more must be known
                         drawn += [(answer, self.grammar.draw(rng, scene)) for _ in range(times)]
             pictures = np.stack([picture for _, picture in drawn])
             features = cut(pictures) if kind in ("thing", "colour") else small(pictures)
             self.known[kind] = [answer for answer, _ in drawn], features
+            if kind == "colour":
+                self.palettes = palette(pictures)
         return self.known[kind]
 
     def nearest(self, kind, features):
@@ -119,12 +133,22 @@ class Judge:
         """What is in the pictures, as `answer` gives it for scenes."""
         if kind == "pair":
             return self.see_pairs(pictures)
+        if kind == "colour":
+            return self.see_colours(pictures)
         if kind != "position":
-            return self.nearest(kind, cut(pictures) if kind == "colour" else small(pictures))[0]
+            return self.nearest(kind, small(pictures))[0]
         middles = torch.tensor([((b[0] + b[2]) / 256, (b[1] + b[3]) / 256) for b in map(box, pictures)])
         places = torch.tensor(list(scenes.POSITIONS.values()))
         where = [list(scenes.POSITIONS)[k] for k in torch.cdist(middles, places).argmin(dim=1).tolist()]
         return [(thing, place) for (thing,), place in zip(self.nearest("thing", cut(pictures))[0], where)]
+
+    def see_colours(self, pictures):
+        """(thing, colour): of the renderings of the thing that the nearest one shows, the one with the same palette."""
+        answers, _ = self.renderings("colour")
+        things = torch.tensor([thing for thing, _ in self.nearest("colour", cut(pictures))[0]])
+        distance = torch.cdist(palette(pictures), self.palettes)
+        distance[things[:, None] != torch.tensor([thing for thing, _ in answers])] = math.inf
+        return [answers[row] for row in distance.argmin(dim=1).tolist()]
 
     def see_pairs(self, pictures):
         """(thing, thing, axis): left and right, or top and bottom."""
@@ -155,12 +179,15 @@ def plain(scene, kind):
 
 
 def held_out_scenes(grammar, kind, n):
-    """n scenes of a held-out combination each, always the same ones."""
+    """A scene of each of n held-out combinations, or of as many as there are; always the same ones."""
     rng, found = random.Random(kind), {}
-    while len(found) < n:
-        for scene in grammar.held_out_scenes(rng, kind, n):
-            found.setdefault(plain(scene, kind))
-    return list(found)[:n]
+    for _ in range(50 * n):
+        (scene,) = grammar.held_out_scenes(rng, kind, 1)
+        combination = next(fact for fact in scenes.facts(scene, grammar.world) if scenes.is_held_out(*fact))
+        found.setdefault(combination, plain(scene, kind))
+        if len(found) == n:
+            break
+    return list(found.values())
 
 
 def table_row(name, hits, *shares):
@@ -332,7 +359,7 @@ def save_sheet(name, shown, columns, side=112):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=MODEL)
-    parser.add_argument("--prompts", type=int, default=24, help="of each kind of held-out combination")
+    parser.add_argument("--prompts", type=int, default=24, help="of each kind of held-out combination, at most")
     parser.add_argument("--cfg-scale", type=float, help="(the model's own)")
     arguments = parser.parse_args()
     models = model_loader.preload_models_from_standard_weights(arguments.checkpoint, "cpu", "float32")

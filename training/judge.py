@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from training import scenes
 
 LAYOUTS = ["whole", *scenes.POSITIONS, *scenes.COUNTS]
-N_SCENES = 8000
 
 
 class Classifier(nn.Module):
@@ -39,19 +38,18 @@ class Classifier(nn.Module):
 
 
 class JudgeStage:
-    """Trains the classifier on scenes of one thing, held-out combinations and styles included."""
+    """Trains the classifier on scenes of one thing, held-out combinations and styles included; new ones in each step,
+    as of some thousand it learns the pictures by heart, not the things."""
 
     def __init__(self, grammar):
         self.grammar = grammar
         self.modules = nn.ModuleDict({"judge": Classifier(grammar)})
-        self.pictures = None  # drawn when they are needed
 
     def loss(self, step, batch, generator):
-        if self.pictures is None:
-            self.pictures, self.answers = draw_single(self.grammar, random.Random(0), N_SCENES)
-        rows = torch.randint(0, len(self.pictures), (batch,), generator=generator)
-        logits = self.modules["judge"](to_images(self.pictures[rows]))
-        return sum(F.cross_entropy(logits[name], self.answers[name][rows]) for name in logits)
+        rng = random.Random(torch.randint(2**60, (), generator=generator).item())
+        pictures, answers = draw_single(self.grammar, rng, batch)
+        logits = self.modules["judge"](to_images(pictures))
+        return sum(F.cross_entropy(logits[name], answers[name]) for name in logits)
 
     def report(self):
         pictures, answers = draw_single(self.grammar, random.Random(-1), 500)

@@ -61,7 +61,7 @@ SETTINGS = {
     "diffusion": Settings(steps=2150, batch=16, learning_rate=7e-4, ema=0.998, save_every=48),
     "attention": Settings(steps=3000, batch=16, learning_rate=7e-4, decay=0.6, ema=0.998, weight_decay=0),
     "decoder": Settings(steps=1200, batch=8, learning_rate=4e-4, warmup=20, decay=0.7, ema=0.98, save_every=20),
-    "judge": Settings(steps=1500, batch=64, learning_rate=1e-3, ema=0.99, report_every=500),
+    "judge": Settings(steps=3000, batch=64, learning_rate=1e-3, ema=0.99, report_every=500),
 }
 N_STATISTICS = 256  # scenes from which the scale of latents is taken
 
