@@ -115,13 +115,13 @@ def test_a_run_reports_how_it_does_on_what_is_held_out(small, monkeypatch):
     # With three drawings hardly any combination is held out.
     monkeypatch.setattr(small, "held_out_scenes", lambda rng, kind, n: [small.scene(rng) for _ in range(n)])
     settings = replace(SETTINGS, report_every=2)
-    train.train("diffusion", replace(settings, steps=2), small, train.RUNS)
-    train.train("diffusion", settings, small, train.RUNS)  # goes on from step 2, whose report stays
+    train.train("diffusion", settings, small, train.RUNS)
+    train.train("diffusion", replace(settings, steps=6), small, train.RUNS)  # goes on from step 4, whose report stays
     reports = list(csv.reader(open(train.RUNS / "diffusion-reports.csv")))[1:]
-    assert [step for step, _ in reports] == ["2", "4"]
+    assert [step for step, _ in reports] == ["2", "4", "6"]
     assert all(0.5 < float(text.removeprefix("held-out loss ")) < 2 for _, text in reports)  # of networks this young
     assert {path.name for path in train.RUNS.glob("diffusion*.png")} == {
-        "diffusion-000002.png", "diffusion-000004.png", "diffusion-loss.png"}
+        "diffusion-000002.png", "diffusion-000004.png", "diffusion-000006.png", "diffusion-loss.png"}
 
 
 def test_the_chart_of_a_loss():
