@@ -322,12 +322,11 @@ def add_uploads(studio, fields):
     for name in ("image", "canvas", "control_image"):
         fields[name].upload(look, fields[name], fields[name], preprocess=False, **HIDDEN)
 
-    def add_to_prompt(form):
-        return lambda name, prompt: (f"{prompt.rstrip()} {form.format(name)}".lstrip() if name else prompt, None)
-
-    for name, form in [("lora", "<lora:{}:1>"), ("embedding", "{}")]:
-        fields[name].input(add_to_prompt(form), [fields[name], fields["prompt"]], [fields["prompt"], fields[name]],
-                           **HIDDEN)
+    # In the browser: an answer from the server would overwrite what was typed or picked on the way.
+    add = "(name, prompt) => [name ? `${prompt.trimEnd()} FORM`.trimStart() : prompt, null]"
+    for name, form in [("lora", "<lora:${name}:1>"), ("embedding", "${name}")]:
+        fields[name].input(None, [fields[name], fields["prompt"]], [fields["prompt"], fields[name]],
+                           js=add.replace("FORM", form), **HIDDEN)
 
 
 def add_settings_again(studio, fields, tabs, dropped, where):
