@@ -90,7 +90,8 @@ def test_a_sheet_has_every_picture_and_is_written_whole(tmp_path, monkeypatch):
 
 
 def test_the_classifier_learns_to_see(grammar, monkeypatch, tmp_path):  # noqa: F811
-    """In pictures that it was not shown; chance is 1/3, 1/12 and 1/13."""
+    """In pictures that it was not shown; chance is 1/3 of the things and less of the rest. Other seeds give 0.73 and up.
+    """
     stage = judging.JudgeStage(grammar)
     torch.manual_seed(0)
     settings = loop.Settings(steps=80, batch=8, learning_rate=1e-3, ema=0.9, report_every=1000)
@@ -99,7 +100,7 @@ def test_the_classifier_learns_to_see(grammar, monkeypatch, tmp_path):  # noqa: 
     pictures, answers = judging.draw_single(grammar, random.Random(-1), 100)
     logits = stage.modules["judge"](judging.to_images(pictures))
     right = {name: (logits[name].argmax(dim=1) == answers[name]).float().mean() for name in logits}
-    assert right["thing"] > 0.8 and right["layout"] > 0.4 and right["colour"] > 0.4
+    assert min(right.values()) > 0.6, right
 
 
 def test_pairs_are_looked_at_one_by_one(grammar):  # noqa: F811
