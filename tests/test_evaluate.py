@@ -90,8 +90,7 @@ def test_a_sheet_has_every_picture_and_is_written_whole(tmp_path, monkeypatch):
 
 
 def test_the_classifier_learns_to_see(grammar, monkeypatch, tmp_path):  # noqa: F811
-    """In pictures that it was not shown; chance is 1/3 of the things and less of the rest. Other seeds give 0.73 and up.
-    """
+    """In pictures that it was not shown; chance is 1/3 of things, less of the rest. Other seeds give 0.73 and up."""
     stage = judging.JudgeStage(grammar)
     torch.manual_seed(0)
     settings = loop.Settings(steps=80, batch=8, learning_rate=1e-3, ema=0.9, report_every=1000)

@@ -208,14 +208,17 @@ class Grammar:
                 return scene
 
     def held_out_scenes(self, rng: random.Random, kind: str, n: int) -> list[Scene]:
-        """n different scenes of which one combination of a kind is held out, and nothing else."""
+        """A scene of each of n held-out combinations of a kind, or of as many as a long search meets (there are 27
+        counts); nothing else in a scene is held out."""
         found = {}
-        while len(found) < n:
+        for _ in range(5000 * n):
             scene = self.any_scene(rng)
             held_out = [fact for fact in facts(scene, self.world) if is_held_out(*fact)]
             others = sum(fact[0] not in (kind, held_out[0][0]) for fact in facts(scene, self.world)) if held_out else 1
             if self.is_drawable(scene) and [fact[0] for fact in held_out] == [kind] and not others:
-                found[held_out[0]] = replace(scene, names_style=False, big=False)
+                found.setdefault(held_out[0], replace(scene, names_style=False, big=False))
+            if len(found) == n:
+                break
         return list(found.values())
 
     def words(self) -> list[str]:
