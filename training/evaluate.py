@@ -65,9 +65,14 @@ def small(pictures):
     return F.adaptive_avg_pool2d(images, 32).flatten(1)
 
 
+def not_white(picture):
+    """Where a picture (h, w, 3) differs from white -> (h, w)"""
+    return np.abs(255 - picture.astype(int)).max(axis=2) > 40
+
+
 def box(picture):
     """(left, top, right, bottom) of what differs from white, the whole picture where nothing does."""
-    mask = Image.fromarray((np.abs(255 - picture.astype(int)).max(axis=2) > 40).astype(np.uint8))
+    mask = Image.fromarray(not_white(picture).astype(np.uint8))
     return mask.getbbox() or (0, 0, *mask.size)
 
 
@@ -75,10 +80,9 @@ def palette(pictures):
     """Ten quantiles of the red, green and blue of what is on white -> (n, 30), the same however a thing is turned."""
     found = []
     for picture in pictures:
-        left, top, right, bottom = box(picture)
-        pixels = picture[top:bottom, left:right].reshape(-1, 3)
-        on_white = pixels[(255 - pixels).max(axis=1) > 40]
-        found.append(np.quantile(on_white if len(on_white) else pixels, np.linspace(0.05, 0.95, 10), axis=0))
+        pixels = picture[not_white(picture)]
+        pixels = pixels if len(pixels) else picture.reshape(-1, 3)
+        found.append(np.quantile(pixels, np.linspace(0.05, 0.95, 10), axis=0))
     return torch.tensor(np.stack(found)).flatten(1).float() / 255
 
 
